@@ -1,0 +1,47 @@
+# make help lists the verbs. PYTHON chooses the interpreter of a new environment: make test PYTHON=python3.12
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help env run test test-fast lint format types check wheel board clean
+
+help: ## list these verbs
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(BIN)/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+env: $(BIN)/.ready ## an environment in .venv with the package and what its tests need
+
+run: env ## train a ResNet18 on drawn radiographs (the README's first command)
+	$(BIN)/python -m covid_cls.train backbone=resnet18 strategy=partial
+
+test: env ## every test
+	$(BIN)/python -m pytest
+
+test-fast: env ## every test but those that start a command as a user would
+	$(BIN)/python -m pytest --ignore=tests/test_commands.py --ignore=tests/test_packaging.py
+
+lint: env ## ruff, without changing anything
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+format: env ## let ruff rewrite what it can
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+types: env ## mypy, strict
+	$(BIN)/python -m mypy
+
+check: lint types test ## what CI checks
+
+wheel: env ## build dist/*.whl
+	$(BIN)/python -m build --wheel
+
+board: env ## TensorBoard over outputs, on this machine only
+	$(BIN)/tensorboard --logdir outputs
+
+clean: ## remove caches and builds; outputs and .venv stay
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
