@@ -1,0 +1,1 @@
+"""Numbers from predictions tables: numpy, scipy, sklearn and pandas only."""

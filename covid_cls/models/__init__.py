@@ -1,0 +1,1 @@
+"""Staged backbones, freezing, heads, losses and device transforms: torch and torchvision only."""

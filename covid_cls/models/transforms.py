@@ -1,0 +1,118 @@
+"""What happens to pixels on the device: random views for training, one fixed view for evaluation."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from covid_cls.errors import InputError
+
+
+class Augment(nn.Module):
+    """Random views of canvases: one affine resampling per image, then contrast.
+
+    rotation: degrees, drawn from ±rotation. shift: share of the crop's side, each axis. scale: the image is drawn
+    1 ± scale times as large. mirror: probability of swapping left and right (a heart has a side: this makes an
+    anatomy that hardly exists). contrast: factor 1 ± contrast about mid-grey. All zero: no augmentation.
+
+    An image's draw depends on (seed, epoch, index) alone, so results do not depend on workers, on the rest of the
+    batch, on the device or on a resume.
+    """
+
+    def __init__(
+        self,
+        name: str = "none",
+        rotation: float = 0.0,
+        shift: float = 0.0,
+        scale: float = 0.0,
+        mirror: float = 0.0,
+        contrast: float = 0.0,
+    ) -> None:
+        super().__init__()
+        for key, value, low, high in (
+            ("rotation", rotation, 0, 45),
+            ("shift", shift, 0, 0.5),
+            ("scale", scale, 0, 0.5),
+            ("mirror", mirror, 0, 1),
+            ("contrast", contrast, 0, 1),
+        ):
+            if not low <= value <= high:
+                raise InputError(f"augment.{key}={value}: must lie in [{low}, {high}]")
+        self.name = name
+        self.rotation, self.shift, self.scale = rotation, shift, scale
+        self.mirror, self.contrast = mirror, contrast
+        self._drawn: tuple[int, int, NDArray[np.float64]] | None = None
+
+    @property
+    def random(self) -> bool:
+        """Whether two views of one image can differ."""
+        return any((self.rotation, self.shift, self.scale, self.mirror, self.contrast))
+
+    def canvas(self, crop: int) -> int:
+        """The side in pixels of a square that holds all that a view of side `crop` can show.
+
+        A multiple of four above `crop`'s own remainder, so that the centre crop of the canvas is to the pixel the
+        centre crop of the image.
+        """
+        angle = math.radians(self.rotation)
+        reach = crop * ((math.cos(angle) + math.sin(angle)) / (1 - self.scale) + 2 * self.shift)
+        margin = math.ceil(reach - crop - 1e-9)
+        return crop + 4 * math.ceil(margin / 4)
+
+    def forward(self, canvas: Tensor, index: Tensor, crop: int, seed: int, epoch: int) -> Tensor:
+        """Views float32 (N, 1, crop, crop) in [0, 1] of uint8 canvases (N, 1, S, S); outside the canvas is black."""
+        draws = torch.from_numpy(self._uniforms(seed, epoch, index)).to(canvas.device, torch.float32)
+        matrices = self._matrices(draws, crop, canvas.shape[-1])
+        grid = F.affine_grid(matrices, [len(canvas), 1, crop, crop], align_corners=False)
+        view = F.grid_sample(canvas.float() / 255, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        factor = 1 + self.contrast * (2 * draws[:, 5] - 1)
+        return ((view - 0.5) * factor[:, None, None, None] + 0.5).clamp_(0, 1)
+
+    def _uniforms(self, seed: int, epoch: int, index: Tensor) -> NDArray[np.float64]:
+        """Six numbers in [0, 1) per image; row i of an epoch's table is the same however long the table is."""
+        rows = index.cpu().numpy()
+        need = int(rows.max()) + 1
+        if self._drawn is None or self._drawn[:2] != (seed, epoch) or len(self._drawn[2]) < need:
+            self._drawn = (seed, epoch, np.random.default_rng([seed, epoch]).random((2 * need, 6)))
+        table = self._drawn[2]
+        return np.asarray(table[rows])
+
+    def _matrices(self, draws: Tensor, crop: int, canvas: int) -> Tensor:
+        """(N, 2, 3): from a view's coordinates in [-1, 1] to the canvas's."""
+        signed = 2 * draws - 1
+        angle = signed[:, 0] * math.radians(self.rotation)
+        side = torch.where(draws[:, 4] < self.mirror, -1.0, 1.0)
+        zoom = (crop / canvas) / (1 + self.scale * signed[:, 3])
+        shift = 2 * self.shift * (crop / canvas) * signed[:, 1:3]
+        cosine, sine = torch.cos(angle) * zoom, torch.sin(angle) * zoom
+        top = torch.stack((cosine * side, -sine, shift[:, 0]), dim=1)
+        bottom = torch.stack((sine * side, cosine, shift[:, 1]), dim=1)
+        return torch.stack((top, bottom), dim=1)
+
+
+class Preprocess(nn.Module):
+    """Normalised network input from canvases; part of what a checkpoint promises.
+
+    size: the short side in pixels to which images were scaled; crop: the side of the square the network sees;
+    mean, sd: of grey levels in [0, 1], one pair for all channels of the pretrained network.
+    """
+
+    def __init__(self, size: int = 256, crop: int = 224, mean: float = 0.449, sd: float = 0.226) -> None:
+        super().__init__()
+        if not 32 <= crop <= size:
+            raise InputError(f"preprocess.crop={crop}: must lie between 32 and data.size={size}")
+        if not sd > 0:
+            raise InputError(f"preprocess.sd={sd}: must be above 0")
+        self.size, self.crop, self.mean, self.sd = size, crop, mean, sd
+
+    def centre(self, canvas: Tensor) -> Tensor:
+        """The centre crop, float32 (N, 1, crop, crop) in [0, 1], of uint8 canvases (N, 1, S, S)."""
+        start = (canvas.shape[-1] - self.crop) // 2
+        return canvas[..., start : start + self.crop, start : start + self.crop].float() / 255
+
+    def normalise(self, view: Tensor) -> Tensor:
+        """(view - mean) / sd."""
+        return (view - self.mean) / self.sd
