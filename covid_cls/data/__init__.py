@@ -1,0 +1,1 @@
+"""Manifests, splits, readers, the image store, phantoms and the data module."""

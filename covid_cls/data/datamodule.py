@@ -1,0 +1,190 @@
+"""From a named data set to loaders: find, check, split, decode once, serve."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+from covid_cls.data import phantom
+from covid_cls.data.dataset import EpochBatches, OrderedBatches, RadiographDataset
+from covid_cls.data.manifest import SPLITS, read_folder, read_manifest
+from covid_cls.data.splits import assign_splits, check_classes
+from covid_cls.data.store import default_cache, hash_files, open_store
+from covid_cls.errors import InputError, listed
+from covid_cls.labels import Task
+from covid_cls.records import Batch, digest
+
+log = logging.getLogger(__name__)
+
+
+class Radiographs(pl.LightningDataModule):
+    """Train, val and test loaders of `Batch`es for one task over phantoms, a folder or a manifest.
+
+    After construction `table` has one row per usable image of the task (see `read_manifest`; split, fold and sha256 are
+    filled in), sorted by path; its index is the image's row in the store. `digest` stands for content, labels and
+    splits. canvas: side of the stored squares. order_seed: of the training order; `seed` is that of the splits.
+    Everything wrong with the data is an InputError here, before any training. See conf/data for the settings.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        canvas: int,
+        order_seed: int,
+        *,
+        kind: str,
+        path: str | None = None,
+        root: str | None = None,
+        images: int = 600,
+        phantom_seed: int = 0,
+        shortcut: str = "none",
+        shortcut_strength: float = 1.0,
+        size: int = 256,
+        batch_size: int = 32,
+        sampler: str = "shuffle",
+        seed: int = 0,
+        group: str = "patient",
+        val_share: float = 0.15,
+        test_share: float = 0.15,
+        folds: int | None = None,
+        fold: int = 0,
+        workers: int = 0,
+        on_bad_image: str = "stop",
+        cache: str | None = None,
+    ) -> None:
+        super().__init__()
+        if on_bad_image not in ("stop", "quarantine"):
+            raise InputError(f"data.on_bad_image={on_bad_image}: must be stop or quarantine")
+        if batch_size < 2:
+            raise InputError(f"data.batch_size={batch_size}: batch norm needs at least 2")
+        self.task, self.group, self.batch_size, self.sampler = task, group, batch_size, sampler
+        self.workers, self.order_seed, self._next_epoch = workers, order_seed, 0
+        self.name = {"phantom": "phantom", "folder": Path(root or "").resolve().name}.get(kind) or Path(
+            path or ""
+        ).resolve().parent.name
+        cache_root = Path(cache).expanduser() if cache else default_cache()
+        if kind == "phantom":
+            version = phantom.drawing_version()[:8]
+            folder = cache_root / "phantoms" / f"{images}-{phantom_seed}-{shortcut}-{shortcut_strength}-{version}"
+            log.info("phantoms: %s", folder)
+            made = phantom.build_phantoms(
+                folder, images=images, seed=phantom_seed, shortcut=shortcut, shortcut_strength=shortcut_strength
+            )
+            table = read_manifest(made)
+        elif kind == "folder":
+            table = read_folder(Path(str(root)).expanduser())
+        else:
+            table = read_manifest(Path(str(path)).expanduser())
+        # Splits are drawn before classes and bad images are set aside: a patient stays where it is in every task.
+        table = assign_splits(
+            table, seed=seed, group=group, val_share=val_share, test_share=test_share, folds=folds, fold=fold
+        )
+        table["sha256"] = hash_files(table, cache_root)
+        store = open_store(table, table["sha256"].tolist(), size=size, canvas=canvas, cache=cache_root)
+        self.images = store.images
+        self.quarantined = table.loc[list(store.bad), ["path", "line"]].assign(reason=list(store.bad.values()))
+        if store.bad and on_bad_image == "stop":
+            raise InputError(_bad_images(self.quarantined))
+        self.table = table.drop(index=list(store.bad))
+        self.table = self.table[self.table["label"].isin(task.classes)]
+        check_classes(self.table, task.classes)
+        self.left_out = int((~table["label"].isin(task.classes)).sum())
+        columns = ["path", "label", "patient_id", "split", "sha256"]
+        self.digest = digest(self.table[columns].to_csv(index=False))
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Training images per class, in the task's order."""
+        train = self.table.loc[self.table["split"] == "train", "label"]
+        return [int((train == name).sum()) for name in self.task.classes]
+
+    def facts(self) -> dict[str, Any]:
+        """What a reader of the results must know about the data, in plain values."""
+        table = self.table
+        alone = int(table["patient_id"].str.startswith("image:").sum())
+        counts = pd.crosstab(table["split"], table["label"]).reindex(index=SPLITS, columns=self.task.classes)
+        notes = []
+        if alone:
+            notes.append(f"{alone} of {len(table)} images have no patient_id: each counts as a patient of its own")
+        if self.group == "image":
+            notes.append("LEAKY SPLIT: images were split without regard to patients (data.group=image)")
+        if self.left_out:
+            notes.append(f"{self.left_out} images of classes outside the task {self.task.name} were left out")
+        if len(self.quarantined):
+            notes.append(f"{len(self.quarantined)} undecodable images were quarantined")
+        return {
+            "images": len(table),
+            "patients": int(table["patient_id"].nunique()),
+            "images_per_split_and_class": {split: row.to_dict() for split, row in counts.iterrows()},
+            "patients_per_split": table.groupby("split")["patient_id"].nunique().to_dict(),
+            "sources": table["source"].replace("", "unknown").value_counts().to_dict(),
+            "quarantined": self.quarantined.to_dict("records"),
+            "notes": notes,
+        }
+
+    def dataset(self, split: str) -> RadiographDataset:
+        """The images of one split, in the order of `table`."""
+        part = self.table[self.table["split"] == split]
+        index = {name: k for k, name in enumerate(self.task.classes)}
+        labels = np.array([index[name] for name in part["label"]], dtype=np.int64)
+        return RadiographDataset(self.images, part.index.to_numpy(dtype=np.int64), labels)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled training batches."""
+        rank, world = self._rank()
+        dataset = self.dataset("train")
+        batches = EpochBatches(dataset.labels, self.batch_size, self.order_seed, self.sampler, rank, world)
+        batches.set_epoch(self._next_epoch)
+        return self._loader(dataset, batches)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Validation batches, in order."""
+        return self.ordered_loader("val", *self._rank())
+
+    def ordered_loader(self, split: str, rank: int = 0, world: int = 1) -> DataLoader[Batch]:
+        """Every image of `split` once, in the order of `table`."""
+        dataset = self.dataset(split)
+        return self._loader(dataset, OrderedBatches(len(dataset), self.batch_size, rank, world))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch that a resumed run starts with.
+
+        Worker processes are started before Lightning sets the epoch (Lightning issue 21938), so a resumed run with
+        workers would otherwise see the order of epoch 0 again.
+        """
+        assert self.trainer is not None
+        return {"next_epoch": self.trainer.current_epoch + 1}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the epoch that `state_dict` names."""
+        self._next_epoch = int(state_dict["next_epoch"])
+
+    def _rank(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _loader(self, dataset: RadiographDataset, batches: "EpochBatches | OrderedBatches") -> DataLoader[Batch]:
+        return DataLoader(
+            dataset,
+            sampler=batches,  # yields whole batches, so the loader itself must not batch
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.workers > 0,
+            generator=torch.Generator(),  # starting a loader then draws nothing from the global generator
+        )
+
+
+def _bad_images(bad: pd.DataFrame) -> str:
+    faults = [
+        f"{path} (line {line}): {reason}" if line else f"{path}: {reason}"
+        for path, line, reason in zip(bad["path"], bad["line"], bad["reason"], strict=True)
+    ]
+    return (
+        f"data: {len(bad)} images cannot be used: {listed(faults)}. "
+        "Mend or remove them, or set data.on_bad_image=quarantine to go on without them"
+    )
