@@ -1,0 +1,132 @@
+"""What every command shares: composing its configuration, exit codes, and errors a user can act on."""
+
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, TextIO, Union, get_args, get_origin
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from covid_cls.errors import InputError, listed
+
+
+class ConsoleHandler(logging.StreamHandler[TextIO]):
+    """Writes to what `sys.stdout` is at that moment, so that a live progress bar stays below the log's lines."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stdout)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        self.stream = sys.stdout
+        super().emit(record)
+
+
+def conf_folder() -> Path:
+    """The configuration: covid_cls/conf in a wheel, conf beside the package in a checkout."""
+    package = Path(__file__).resolve().parent
+    shipped = package / "conf"
+    return shipped if shipped.is_dir() else package.parent / "conf"
+
+
+def run_command(task: Callable[[DictConfig], None], config_name: str) -> None:
+    """Run `task` on the composed configuration and exit: 0 done, 2 the user's input is at fault, 1 anything else.
+
+    A fault of the input is one line on stderr, with a traceback only where HYDRA_FULL_ERROR=1; in a multirun the other
+    jobs go on. Ctrl-C exits with 130.
+    """
+    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    # Hydra otherwise prints what goes wrong its own way and exits with 1, whatever it was.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    at_fault = False
+
+    def guarded(cfg: DictConfig) -> None:
+        nonlocal at_fault
+        try:
+            task(cfg)
+        except InputError as error:
+            if full:
+                raise
+            at_fault = True
+            job = f" ({' '.join(HydraConfig.get().overrides.task)})" if sweeping() else ""
+            print(f"error: {error}{job}", file=sys.stderr)
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(guarded)()
+    except InstantiationException:  # a fault of ours or of a library: Hydra wraps what a constructor raised
+        raise
+    except (HydraException, OmegaConfBaseException) as error:
+        if full:
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        at_fault = True
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from the last finished epoch", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(2 if at_fault else 0)
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as resolved dicts, lists, strings and numbers. InputError where a value is missing."""
+    try:
+        settings = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise InputError(f"{error.full_key} is not set: give {error.full_key}=… on the command line") from error
+    assert isinstance(settings, dict)
+    return {str(key): value for key, value in settings.items()}
+
+
+def check_section(name: str, constructor: Callable[..., Any], section: dict[str, Any]) -> None:
+    """InputError where `section` holds a key that `constructor` does not take, or a value of another type.
+
+    The constructor's signature is the schema of its section of conf/: there is no second copy of it.
+    """
+    known = inspect.signature(constructor, eval_str=True).parameters
+    for key, value in section.items():
+        if key not in known:
+            raise InputError(f"{name}.{key}: no such setting; {name} takes {listed(sorted(known), 30)}")
+        hint = known[key].annotation
+        if not _fits(value, hint):
+            raise InputError(f"{name}.{key}={value}: expected {getattr(hint, '__name__', hint)}")
+
+
+def recipe() -> str | None:
+    """The name of the chosen experiment, e.g. "grid"."""
+    choice = HydraConfig.get().runtime.choices.get("experiment")
+    return None if choice in (None, "null") else str(choice)
+
+
+def sweeping() -> bool:
+    """Whether this is one job of a multirun."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value is of an annotated type; a list is checked as such, its items are not."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    kind = get_origin(hint) or hint
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is Sequence:
+        return isinstance(value, list)
+    return isinstance(value, kind)
+
+
+def _one_line(error: Exception) -> str:
+    """What Hydra or OmegaConf says over several lines, and why, without the object dumps and search paths."""
+    parts = [str(error), str(error.__cause__ or "")]
+    dull = ("full_key:", "object_type=", "reference_type=", "provider=", "Config search path")
+    lines = [line.strip() for part in parts for line in part.splitlines()]
+    return " ".join(line for line in dict.fromkeys(lines) if line and not line.startswith(dull))

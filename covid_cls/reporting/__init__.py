@@ -1,0 +1,1 @@
+"""Figures and TensorBoard writers: they read results, never the network."""

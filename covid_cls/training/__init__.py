@@ -1,0 +1,1 @@
+"""The LightningModule, its optimisers, callbacks and checkpoints."""

@@ -1,0 +1,58 @@
+"""An epoch's numbers while it trains: counted per step, computed once, by torchmetrics."""
+
+import torch
+import torchmetrics.classification as tm
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+
+from covid_cls.labels import Task
+from covid_cls.models.losses import probabilities
+
+_MULTICLASS = (tm.MulticlassAUROC, tm.MulticlassRecall, tm.MulticlassF1Score, tm.MulticlassAccuracy)
+_MULTILABEL = (tm.MultilabelAUROC, tm.MultilabelRecall, tm.MultilabelF1Score, tm.MultilabelAccuracy)
+
+
+class EpochMetrics(nn.Module):
+    """Loss, accuracy, AUROC, sensitivity and F1 of an epoch; float32 probabilities go in, whatever the precision.
+
+    Softmax tasks: accuracy is the share of images whose most probable class is right. Multi-label: label-wise
+    accuracy at 0.5 over N x C, and everything per class is against its own 0/1 target. Macro: mean over classes.
+    """
+
+    targets: Tensor
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.task = task
+        size = len(task.classes)
+        self.loss = MeanMetric()
+        self.register_buffer("targets", torch.tensor(task.targets), persistent=False)
+        auroc, recall, f1, accuracy = _MULTILABEL if task.multilabel else _MULTICLASS
+        # validate_args=False: checking what cannot be wrong here would make a GPU wait at every step
+        self.scores = MetricCollection(
+            {
+                "auroc": auroc(size, average=None, validate_args=False),
+                "sensitivity": recall(size, average=None, validate_args=False),
+                "f1": f1(size, average=None, validate_args=False),
+                "accuracy": accuracy(size, average="micro", validate_args=False),
+            }
+        )
+
+    def update(self, logits: Tensor, y: Tensor, loss: Tensor) -> None:
+        """Count a batch: logits (N, C), class indices (N,), its mean loss."""
+        self.loss.update(loss, len(y))
+        self.scores.update(probabilities(logits, self.task.multilabel), self.targets[y] if self.task.multilabel else y)
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        self.loss.reset()
+        self.scores.reset()
+
+    def scalars(self, split: str) -> dict[str, Tensor]:
+        """`loss/<split>`, `auroc/<split>` (macro) and `auroc/<split>/<class>` and the like."""
+        found = {f"loss/{split}": self.loss.compute()}
+        for name, value in self.scores.compute().items():
+            found[f"{name}/{split}"] = value.mean()
+            if value.ndim:
+                found.update({f"{name}/{split}/{c}": v for c, v in zip(self.task.classes, value, strict=True)})
+        return found

@@ -1,0 +1,56 @@
+"""A classifier ready to be fitted: built, frozen, filled with its first weights, and on record."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from covid_cls.data.datamodule import Radiographs
+from covid_cls.models.backbones import freeze_report
+from covid_cls.models.losses import Criterion
+from covid_cls.models.transforms import Augment, Preprocess
+from covid_cls.models.weights import load_pretrained
+from covid_cls.training.classifier import Classifier
+from covid_cls.training.optim import build_optimizer, build_scheduler
+from covid_cls.training.run import Run
+
+log = logging.getLogger(__name__)
+# The sections of a configuration whose schema is the signature of what takes them.
+SECTIONS: dict[str, Callable[..., Any]] = {
+    "data": Radiographs,
+    "loss": Criterion,
+    "preprocess": Preprocess,
+    "augment": Augment,
+    "optimizer": build_optimizer,
+    "scheduler": build_scheduler,
+}
+_PARTS = ("strategy", "head", "loss", "preprocess", "augment", "optimizer", "scheduler")
+
+
+def start_classifier(settings: dict[str, Any], data: Radiographs, run: Run, download: bool) -> Classifier:
+    """The classifier of `settings`; where its weights came from, what is frozen and the data's facts go into run.json.
+
+    A run that is resumed takes its weights from its checkpoint and their history from its record. download: whether
+    pretrained weights may be fetched. InputError where they are refused.
+    """
+    backbone = settings["backbone"]
+    classifier = Classifier(
+        task=settings["task"]["name"],
+        backbone=backbone["name"],
+        class_counts=data.class_counts,
+        seed=settings["seed"],
+        **{part: settings[part] for part in _PARTS},
+    )
+    if run.last_checkpoint:
+        weights = run.record["weights"]
+    else:
+        weights = dataclasses.asdict(load_pretrained(classifier.net, backbone["name"], backbone["weights"], download))
+    classifier.pretrained_stages = tuple(weights["pretrained_stages"])
+    facts = data.facts()
+    notes = [*facts.pop("notes"), *([weights["note"]] if weights["note"] else [])]
+    report = freeze_report(classifier.net)
+    run.note(weights=weights, freeze=[dataclasses.asdict(line) for line in report], data=facts, notes=notes)
+    log.info("%-8s %11s %11s  norm", "stage", "parameters", "trainable")
+    for line in report:
+        log.info(f"{line.stage:<8} {line.parameters:>11,} {line.trainable:>11,}  {line.norm}")
+    return classifier
