@@ -1,0 +1,126 @@
+"""Every option of conf/ composes, and every section fits the constructor that takes it."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+from covid_cls.command import check_section, conf_folder
+from covid_cls.labels import TASKS
+from covid_cls.models.backbones import BACKBONES, STRATEGIES, build_network
+from covid_cls.training.optim import build_optimizer
+from covid_cls.training.start import SECTIONS
+
+CONF = conf_folder()
+GROUPS = ("task", "data", "backbone", "strategy", "loss", "augment", "optimizer", "scheduler", "trainer", "logger")
+OPTIONS = [
+    f"{group}={path.stem}"
+    for group in (*GROUPS, "callbacks")
+    for path in sorted((CONF / group).glob("*.yaml"))
+    if path.stem != "base"
+]
+RECIPES = [
+    path.relative_to(CONF / "experiment").with_suffix("").as_posix()
+    for path in sorted((CONF / "experiment").rglob("*.yaml"))
+    if path.stem != "base"
+]
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", list(overrides))
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(settings, dict)
+    return {str(key): value for key, value in settings.items()}
+
+
+def assert_fits(settings: dict[str, Any]) -> None:
+    for name, constructor in SECTIONS.items():
+        section = {key: None if value == "???" else value for key, value in settings[name].items()}
+        check_section(name, constructor, section)
+    check_section("head", build_network, {k: v for k, v in settings["head"].items() if k != "prior_bias"})
+    for section in (settings["trainer"], settings["logger"], *settings["callbacks"].values()):
+        if section:
+            known = inspect.signature(get_class(section["_target_"])).parameters
+            assert set(section) - {"_target_"} <= set(known)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_each_option_fits_its_constructor(option: str) -> None:
+    assert_fits(composed(option))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_recipe_fits_and_is_not_ignored(recipe: str) -> None:
+    plain, settings = composed(), composed(f"experiment={recipe}")
+    assert_fits(settings)
+    # The grid sets Hydra's sweeper and leaves the cell alone; the others must change it.
+    assert (settings == plain) == (recipe == "grid")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_recipe_opens_with_its_command(recipe: str) -> None:
+    head = (CONF / "experiment" / f"{recipe}.yaml").read_text(encoding="utf-8").split("defaults:")[0]
+    assert f"experiment={recipe}" in head
+    assert "Selected on" in head or "selects" in head or recipe.startswith("seed_part2")
+
+
+def test_options_are_those_of_the_code() -> None:
+    names = {group: {path.stem for path in (CONF / group).glob("*.yaml")} for group in GROUPS}
+    assert names["backbone"] == set(BACKBONES)
+    assert names["strategy"] == set(STRATEGIES)
+    assert names["task"] == set(TASKS)
+
+
+def test_the_cell_of_an_option_carries_its_name() -> None:
+    for group in ("task", "backbone", "strategy"):
+        for path in (CONF / group).glob("*.yaml"):
+            assert composed(f"{group}={path.stem}")[group]["name"] == path.stem
+
+
+def test_seed_protocol_is_the_published_one() -> None:
+    part1, part2 = composed("experiment=seed_part1/fc"), composed("experiment=seed_part2/focal")
+    assert part1["task"]["name"] == "binary"
+    assert part1["preprocess"] == {"size": 256, "crop": 224, "mean": 0.4905, "sd": 0.2494}
+    assert part2["preprocess"] == {"size": 256, "crop": 224, "mean": 0.4924, "sd": 0.2491}
+    for settings in (part1, part2):
+        assert settings["data"]["batch_size"] == 32
+        assert settings["augment"] == {"name": "seed", "rotation": 30.0, "mirror": 0.5}
+        assert settings["optimizer"]["lr"] == 1e-5
+        assert settings["optimizer"]["momentum"] == 0.9
+        assert settings["trainer"]["max_epochs"] == 50
+        assert settings["callbacks"]["early_stopping"] is None
+        assert settings["callbacks"]["best_checkpoint"]["monitor"] == "loss/val"
+        rule = {k: settings["scheduler"][k] for k in ("monitor", "factor", "threshold", "max_lr")}
+        assert rule == {"monitor": "accuracy/val", "factor": 10.0, "threshold": 0.004, "max_lr": 0.1}
+    assert part2["task"]["name"] == "three_class_multilabel"
+    assert part2["loss"] == {"name": "focal", "gamma": 2.0, "alpha": "inverse_frequency"}
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"lr_typo": 1.0}, "optimizer.lr_typo: no such setting"),
+        ({"lr": "fast"}, "optimizer.lr=fast: expected float"),
+        ({"nesterov": 1}, "optimizer.nesterov=1: expected bool"),
+    ],
+)
+def test_a_misspelt_key_or_a_wrong_type_is_named(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        check_section("optimizer", build_optimizer, section)
+
+
+def test_no_configuration_names_our_own_code() -> None:
+    """`_target_` is for third parties: what is ours is assembled in code that an editor can follow."""
+    targets = [
+        line.split(":", 1)[1].strip()
+        for path in Path(CONF).rglob("*.yaml")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.strip().startswith("_target_:")
+    ]
+    assert targets
+    assert all(target.startswith("pytorch_lightning.") for target in targets)

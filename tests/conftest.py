@@ -1,0 +1,44 @@
+"""What several test folders share: a store for decoded phantoms, and commands started as a user starts them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a test process for each core is enough
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ("data.images=48", "data.size=48", "preprocess.crop=48", "data.batch_size=8", "trainer=cpu")
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder for the whole session: phantoms are drawn and decoded once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def environment(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a user's shell: no pretrained weights at hand, one thread per process."""
+    return {
+        **os.environ,
+        "COVID_CLS_CACHE": str(cache),
+        "TORCH_HOME": str(tmp_path_factory.mktemp("torch_home")),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+@pytest.fixture(scope="session")
+def train(environment: dict[str, str]) -> Command:
+    """`python -m covid_cls.train *words`, started in `folder`, with its exit code and what it printed."""
+
+    def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "covid_cls.train", *words]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+
+    return run

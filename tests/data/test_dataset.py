@@ -1,0 +1,164 @@
+"""Which images make up a batch: each once, in an order that seed and epoch alone decide."""
+
+import numpy as np
+import pytest
+import torch
+
+from covid_cls.data.dataset import EpochBatches, OrderedBatches, RadiographDataset
+from covid_cls.errors import InputError
+from covid_cls.records import Batch
+
+SIZES = (1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65)
+BATCH_SIZES = (2, 3, 4, 8, 32, 100)
+
+
+def labels(size: int, classes: int = 3) -> np.ndarray:
+    return np.arange(size, dtype=np.int64) % classes
+
+
+def epoch(batches: EpochBatches, number: int) -> list[list[int]]:
+    batches.set_epoch(number)
+    return list(batches)
+
+
+def flat(batches: list[list[int]]) -> list[int]:
+    return [position for batch in batches for position in batch]
+
+
+# training
+
+
+@pytest.mark.parametrize("sampler", ["shuffle", "balanced"])
+def test_seed_and_epoch_alone_decide(sampler: str) -> None:
+    first, second = (EpochBatches(labels(50), 8, seed=7, sampler=sampler) for _ in range(2))
+    np.random.seed(1)  # noqa: NPY002 - the global state must not matter
+    torch.manual_seed(1)
+    wanted = [epoch(first, number) for number in range(3)]
+    np.random.seed(2)  # noqa: NPY002
+    torch.manual_seed(2)
+    assert [epoch(second, number) for number in (2, 0, 1)] == [wanted[2], wanted[0], wanted[1]]  # no history either
+    assert list(second) == list(second)
+    assert wanted[0] != wanted[1] != wanted[2] != wanted[0]
+    assert epoch(EpochBatches(labels(50), 8, seed=8, sampler=sampler), 0) != wanted[0]
+
+
+def test_an_epoch_and_a_seed_are_not_interchangeable() -> None:
+    assert epoch(EpochBatches(labels(50), 8, seed=1), 2) != epoch(EpochBatches(labels(50), 8, seed=2), 1)
+
+
+def test_drawing_an_epoch_leaves_the_global_generators_alone() -> None:
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    list(EpochBatches(labels(50), 8, seed=0, sampler="balanced"))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+@pytest.mark.parametrize("size", SIZES)
+def test_an_epoch_shows_each_image_once(size: int, batch_size: int) -> None:
+    batches = EpochBatches(labels(size), batch_size, seed=0)
+    for number in range(3):
+        drawn = epoch(batches, number)
+        assert sorted(flat(drawn)) == list(range(size))
+        assert len(batches) == len(drawn)
+        assert all(len(batch) == batch_size for batch in drawn[:-1])
+        # one image alone cannot go through batch norm: it joins the batch before it
+        assert len(drawn[-1]) == size if len(drawn) == 1 else 2 <= len(drawn[-1]) <= batch_size + 1
+
+
+@pytest.mark.parametrize(("size", "sizes"), [(8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2]), (5, [5]), (4, [4]), (1, [1])])
+def test_the_sizes_of_the_batches(size: int, sizes: list[int]) -> None:
+    assert [len(batch) for batch in EpochBatches(labels(size), 4, seed=0)] == sizes
+
+
+def test_a_balanced_sampler_evens_the_classes() -> None:
+    unequal = np.repeat([0, 1, 2], [20, 300, 680]).astype(np.int64)
+    batches = EpochBatches(unequal, 50, seed=0, sampler="balanced")
+    drawn = np.concatenate([flat(epoch(batches, number)) for number in range(20)])
+    assert len(drawn) == 20 * 1000
+    shares = np.bincount(unequal[drawn]) / len(drawn)
+    assert shares == pytest.approx(np.full(3, 1 / 3), abs=0.0134)  # 4 standard deviations of a third of 20,000
+    assert set(range(20)) <= set(drawn.tolist())
+    # within a class every image is as likely: 333 draws each of the 20, within 5 standard deviations
+    assert np.bincount(drawn)[:20] == pytest.approx(np.full(20, 1000 / 3), abs=5 * 18.3)
+
+
+def test_shuffle_keeps_the_classes_as_they_are() -> None:
+    unequal = np.repeat([0, 1], [10, 90]).astype(np.int64)
+    assert np.bincount(unequal[flat(list(EpochBatches(unequal, 8, seed=0)))]).tolist() == [10, 90]
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+@pytest.mark.parametrize("size", [1, 2, 9, 10, 11, 50])
+def test_ranks_together_show_every_image_in_as_many_steps(size: int, world: int) -> None:
+    ranks = [EpochBatches(labels(size), 4, seed=0, rank=rank, world=world) for rank in range(world)]
+    for number in range(2):
+        drawn = [epoch(rank, number) for rank in ranks]
+        assert len({len(rank) for rank in drawn}) == 1  # else the ranks wait for each other for ever
+        assert [len(rank) for rank in ranks] == [len(batches) for batches in drawn]
+        assert [[len(b) for b in rank] for rank in drawn] == [[len(b) for b in drawn[0]]] * world
+        counts = np.bincount([position for rank in drawn for position in flat(rank)], minlength=size)
+        assert counts.min() >= 1
+        assert counts.sum() == -(-size // world) * world  # filled up by less than a step of each rank
+        if size >= world:
+            assert counts.max() <= 2
+
+
+def test_ranks_show_the_images_of_one_process() -> None:
+    alone = flat(epoch(EpochBatches(labels(60), 4, seed=0), 5))
+    ranks = [flat(epoch(EpochBatches(labels(60), 4, seed=0, rank=rank, world=3), 5)) for rank in range(3)]
+    assert [ranks[k % 3][k // 3] for k in range(60)] == alone
+
+
+@pytest.mark.parametrize("sampler", ["", "random", "Shuffle"])
+def test_an_unknown_sampler(sampler: str) -> None:
+    with pytest.raises(InputError, match=rf"data\.sampler={sampler}: unknown; one of shuffle, balanced"):
+        EpochBatches(labels(4), 2, 0, sampler)
+
+
+# evaluation
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
+@pytest.mark.parametrize("size", [0, 1, 2, 5, 7, 101])
+def test_evaluation_shows_each_image_once_over_all_ranks(size: int, batch_size: int, world: int) -> None:
+    # DistributedSampler would pad 5 to 8 over 4 ranks and 101 to 104
+    ranks = [OrderedBatches(size, batch_size, rank, world) for rank in range(world)]
+    drawn = [list(rank) for rank in ranks]
+    assert sorted(position for rank in drawn for position in flat(rank)) == list(range(size))
+    for rank, batches in zip(ranks, drawn, strict=True):
+        assert len(rank) == len(batches)
+        assert all(len(batch) == batch_size for batch in batches[:-1])
+        assert flat(batches) == sorted(flat(batches))
+        assert all(batches)
+
+
+# the data set
+
+
+def test_a_batch() -> None:
+    images = np.arange(10 * 4 * 4, dtype=np.uint8).reshape(10, 4, 4)
+    images.setflags(write=False)  # as a store opened for reading
+    rows = np.array([2, 3, 5, 9], np.int64)
+    dataset = RadiographDataset(images, rows, np.array([0, 1, 2, 1], np.int64))
+    assert len(dataset) == 4
+    batch = dataset[[3, 0, 0]]
+    assert isinstance(batch, Batch)
+    assert (batch.x.shape, batch.x.dtype) == ((3, 1, 4, 4), torch.uint8)
+    assert (batch.y.tolist(), batch.y.dtype) == ([1, 0, 0], torch.int64)
+    assert (batch.index.tolist(), batch.index.dtype) == ([9, 2, 2], torch.int64)
+    assert batch.stage == 0
+    assert np.array_equal(batch.x[:, 0].numpy(), images[[9, 2, 2]])
+
+
+def test_a_batch_is_a_copy() -> None:
+    images = np.ones((3, 2, 2), np.uint8)
+    dataset = RadiographDataset(images, np.arange(3), np.zeros(3, np.int64))
+    batch = dataset[[0, 1]]
+    batch.x.zero_()
+    batch.index.add_(1)
+    batch.y.add_(1)
+    assert images.min() == 1
+    assert dataset.rows.tolist() == [0, 1, 2]
+    assert dataset.labels.tolist() == [0, 0, 0]

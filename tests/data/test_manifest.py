@@ -1,0 +1,424 @@
+"""Every fault of a manifest or a folder is found before time is spent, and named with its line."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from covid_cls.data.manifest import read_folder, read_manifest
+from covid_cls.errors import InputError
+
+REAL = Path(__file__).parents[2].parent / "shared" / "cxr"
+
+
+def touch(root: Path, *names: str) -> None:
+    """Files of some bytes: manifests and folders are read without decoding an image."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"not looked at")
+
+
+def manifest(root: Path, text: str | bytes) -> Path:
+    path = root / "manifest.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def fault(path: Path) -> str:
+    with pytest.raises(InputError) as error:
+        read_manifest(path)
+    message = str(error.value)
+    assert str(path) in message
+    assert "\n" not in message  # a command prints it as one line
+    return message
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "set"
+    touch(folder, "a.png", "b.png", "c.png", "deep/d.png")
+    return folder
+
+
+# good manifests
+
+
+def test_a_minimal_manifest(root: Path) -> None:
+    table = read_manifest(manifest(root, "path,label\nb.png,Normal\ndeep/d.png,Viral Pneumonia\na.png,COVID-19\n"))
+    assert table["path"].tolist() == ["a.png", "b.png", "deep/d.png"]
+    assert table["label"].tolist() == ["covid", "normal", "pneumonia"]
+    assert table["line"].tolist() == [4, 2, 3]
+    assert table["file"].tolist() == [str(root.resolve() / name) for name in ("a.png", "b.png", "deep/d.png")]
+    assert table["patient_id"].tolist() == ["image:a.png", "image:b.png", "image:deep/d.png"]
+    for column in ("source", "split", "fold", "sha256"):
+        assert table[column].tolist() == ["", "", ""], column
+    assert list(table.index) == [0, 1, 2]
+
+
+def test_extra_columns_are_kept_as_text(root: Path) -> None:
+    text = "age,path,label,patient_id,view,note\n007,a.png,covid,0042,PA,NA\n,b.png,normal,1e5,,nan\n"
+    table = read_manifest(manifest(root, text))
+    assert table["age"].tolist() == ["007", ""]
+    assert table["patient_id"].tolist() == ["0042", "1e5"]
+    assert table["view"].tolist() == ["PA", ""]
+    assert table["note"].tolist() == ["NA", "nan"]
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_files_of_spreadsheets(root: Path, ends: str, bom: bytes) -> None:
+    touch(root, "x, y.png")
+    lines = ['path,label,"note, free"', '"x, y.png",covid,"said ""old"", really"', "b.png,normal,é", ""]
+    table = read_manifest(manifest(root, bom + ends.join(lines).encode()))
+    assert table["path"].tolist() == ["b.png", "x, y.png"]
+    assert table["note, free"].tolist() == ["é", 'said "old", really']
+    assert table["line"].tolist() == [3, 2]
+
+
+def test_spaces_in_the_header_do_not_count(root: Path) -> None:
+    table = read_manifest(manifest(root, "path, label , patient_id\na.png,covid,p1\n"))
+    assert (table.loc[0, "label"], table.loc[0, "patient_id"]) == ("covid", "p1")
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\t"])
+def test_without_a_patient_id_an_image_is_a_patient_of_its_own(root: Path, blank: str) -> None:
+    text = f"path,label,patient_id\na.png,covid,{blank}\nb.png,covid,{blank}\nc.png,covid,p1\n"
+    assert read_manifest(manifest(root, text))["patient_id"].tolist() == ["image:a.png", "image:b.png", "p1"]
+
+
+def test_spaces_around_a_patient_id_do_not_make_another_patient(root: Path) -> None:
+    text = "path,label,patient_id\na.png,covid,p1\nb.png,covid,p1 \nc.png,covid, p1\n"
+    assert read_manifest(manifest(root, text))["patient_id"].nunique() == 1
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("train", "train"),
+        ("Training", "train"),
+        ("VAL", "val"),
+        ("Validation", "val"),
+        ("valid", "val"),
+        (" test ", "test"),
+    ],
+)
+def test_names_of_splits(root: Path, written: str, meant: str) -> None:
+    table = read_manifest(manifest(root, f"path,label,split\na.png,covid,{written}\nb.png,covid,\n"))
+    assert table["split"].tolist() == [meant, ""]
+
+
+def test_a_link_inside_the_folder_is_followed(root: Path) -> None:
+    (root / "link.png").symlink_to(root / "deep" / "d.png")
+    assert len(read_manifest(manifest(root, "path,label\nlink.png,covid\n"))) == 1
+
+
+def test_the_folder_itself_may_be_a_link(root: Path, tmp_path: Path) -> None:
+    manifest(root, "path,label\na.png,covid\n")
+    (tmp_path / "alias").symlink_to(root)
+    table = read_manifest(tmp_path / "alias" / "manifest.csv")
+    assert table["path"].tolist() == ["a.png"]
+
+
+def test_lines_count_blank_and_broken_ones(root: Path) -> None:
+    text = 'path,label,note\n\na.png,covid,"two\nlines"\n\nb.png,lungs,\n'
+    assert "line 6: label 'lungs' is no class" in fault(manifest(root, text))
+
+
+def test_the_order_of_the_lines_changes_nothing_but_their_numbers(root: Path) -> None:
+    lines = ["a.png,covid,p1", "b.png,normal,p2", "c.png,pneumonia,p3", "deep/d.png,covid,p1"]
+    tables = []
+    for seed in range(4):
+        random.Random(seed).shuffle(lines)
+        tables.append(read_manifest(manifest(root, "\n".join(["path,label,patient_id", *lines]))).drop(columns="line"))
+    for table in tables[1:]:
+        assert table.equals(tables[0])
+
+
+# faults of a file, each with its line
+
+
+def test_a_missing_file(root: Path) -> None:
+    assert "line 3: gone.png is missing" in fault(manifest(root, "path,label\na.png,covid\ngone.png,covid\n"))
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../outside.png", "deep/../../outside.png", "out.png", "outdir/outside.png"]
+)
+def test_nothing_outside_the_folder_is_opened(root: Path, name: str) -> None:
+    touch(root.parent, "outside.png")
+    (root / "out.png").symlink_to(root.parent / "outside.png")
+    (root / "outdir").symlink_to(root.parent)
+    message = fault(manifest(root, f"path,label\na.png,covid\n{name},covid\n"))
+    assert f"line 3: {name} leaves the manifest's folder" in message
+    assert "1 faults" in message
+
+
+def test_an_absolute_path_into_the_folder_is_refused(root: Path) -> None:
+    # such a manifest breaks when its folder moves, and its digest depends on the place
+    name = str(root / "a.png")
+    assert f"line 2: {name} leaves the manifest's folder" in fault(manifest(root, f"path,label\n{name},covid\n"))
+
+
+def test_a_folder_with_a_longer_name_is_outside(root: Path) -> None:
+    touch(root.parent, "set-two/a.png")  # starts with the name of the root
+    assert "leaves the manifest's folder" in fault(manifest(root, "path,label\n../set-two/a.png,covid\n"))
+
+
+@pytest.mark.parametrize("name", ["deep", ".", "pipe", "dangling", "loop", "x" * 4096])
+def test_what_is_no_regular_file_is_refused_unopened(root: Path, name: str) -> None:
+    os.mkfifo(root / "pipe")
+    (root / "dangling").symlink_to(root / "nowhere")
+    (root / "loop").symlink_to(root / "loop")
+    message = fault(manifest(root, f"path,label\na.png,covid\nb.png,covid\n{name},covid\n"))
+    assert f"line 4: {name} is " in message
+    assert ("no regular file" in message) == (name in ("deep", ".", "pipe"))
+
+
+def test_a_device_is_refused(root: Path) -> None:
+    (root / "zero").symlink_to("/dev/zero")
+    assert "line 2: zero leaves the manifest's folder" in fault(manifest(root, "path,label\nzero,covid\n"))
+
+
+def test_a_nul_byte(root: Path) -> None:
+    message = fault(manifest(root, b"path,label\na.png,covid\nb\0.png,covid\n"))
+    assert "line 3: path is empty or holds a NUL" in message
+
+
+def test_an_empty_path(root: Path) -> None:
+    assert "line 3: path is empty" in fault(manifest(root, "path,label\na.png,covid\n,covid\n"))
+
+
+@pytest.mark.parametrize("again", ["a.png", "./a.png", "deep/../a.png", "deep//../a.png"])
+def test_a_file_may_stand_in_one_line_only(root: Path, again: str) -> None:
+    # else the same picture could train and test
+    message = fault(manifest(root, f"path,label\na.png,covid\nb.png,covid\n{again},covid\n"))
+    assert "line 4: " in message
+    assert "line 2 already" in message
+
+
+def test_unknown_labels_are_counted(root: Path) -> None:
+    text = "path,label\na.png,tb\nb.png,covid\nc.png,tb\ndeep/d.png,\n"
+    message = fault(manifest(root, text))
+    assert "3 faults" in message
+    assert "line 2: label 'tb' is no class" in message
+    assert "line 4: label 'tb' is no class" in message
+    assert "line 5: label '' is no class" in message
+    assert "{'tb': 2, '': 1}" in message
+    assert "covid, normal, pneumonia" in message
+
+
+def test_an_unknown_split(root: Path) -> None:
+    message = fault(manifest(root, "path,label,split\na.png,covid,train\nb.png,covid,holdout\n"))
+    assert "line 3: split 'holdout' is none of train, val, test" in message
+
+
+def test_faults_are_reported_together(root: Path) -> None:
+    text = "path,label,split\ngone.png,covid,train\na.png,lungs,train\na.png,covid,sometime\n../x,covid,\n"
+    message = fault(manifest(root, text))
+    for part in (
+        "line 2: gone.png",
+        "line 3: label 'lungs'",
+        "line 4: a.png stands in line 3",
+        "line 4: split",
+        "line 5: ",
+    ):
+        assert part in message
+    assert "5 faults" in message
+
+
+def test_a_thousand_faults_still_make_one_readable_line(root: Path) -> None:
+    message = fault(manifest(root, "path,label\n" + "".join(f"gone{k}.png,covid\n" for k in range(1000))))
+    assert "1000 faults" in message
+    assert "and 995 more" in message
+    assert len(message) < 1000
+
+
+# faults of the table
+
+
+@pytest.mark.parametrize("row", ["b.png", "b.png,covid,more"])
+def test_a_ragged_row(root: Path, row: str) -> None:
+    message = fault(manifest(root, f"path,label\na.png,covid\n{row}\n"))
+    assert "manifest.csv:3: expected 2 fields" in message
+
+
+@pytest.mark.parametrize(
+    ("header", "missing"),
+    [("path", "label"), ("label,x", "path"), ("file,class", "path, label"), ("path;label", "path, label")],
+)
+def test_missing_columns_are_named(root: Path, header: str, missing: str) -> None:
+    message = fault(manifest(root, f"{header}\na.png,covid\n"))
+    assert f"manifest.csv:1: column {missing} is missing" in message
+    assert header.split(",")[0] in message  # and what was found
+
+
+def test_a_column_that_stands_twice(root: Path) -> None:
+    # which of the two labels is meant nobody knows
+    assert "label" in fault(manifest(root, "path,label,label\na.png,covid,normal\n"))
+
+
+def test_an_empty_manifest(root: Path) -> None:
+    assert "column path, label is missing; found nothing" in fault(manifest(root, ""))
+
+
+def test_a_header_without_images(root: Path) -> None:
+    assert "has a header and no images" in fault(manifest(root, "path,label\n"))
+
+
+@pytest.mark.parametrize(
+    "text", [b"path,label\na.png,covid\nb\xe9.png,covid\n", b"\xff\xfep\0a\0t\0h\0", b'path,label\n"a.png,covid\n']
+)
+def test_what_is_no_utf8_csv(root: Path, text: bytes) -> None:
+    assert "not a UTF-8 CSV file" in fault(manifest(root, text))
+
+
+@pytest.mark.parametrize("name", ["nowhere.csv", "deep", "pipe.csv"])
+def test_no_manifest_there(root: Path, name: str) -> None:
+    os.mkfifo(root / "pipe.csv")
+    assert "no such file" in fault(root / name)
+
+
+# folders
+
+
+def folder_fault(path: Path) -> str:
+    with pytest.raises(InputError) as error:
+        read_folder(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train", "val", "test", "covid", "normal", "pneumonia"),
+        ("Train", "VALIDATION", "Test", "COVID-19", "No_findings", "Viral Pneumonia"),
+        ("TRAIN", "Valid", "TEST", "Covid-19 125", "NORMAL", "Lung_Opacity"),
+    ],
+)
+def test_split_and_class_folders_by_alias_in_any_case(tmp_path: Path, names: tuple[str, ...]) -> None:
+    splits, classes = names[:3], names[3:]
+    touch(tmp_path, *(f"{split}/{label}/{k}.png" for split in splits for label in classes for k in range(2)))
+    table = read_folder(tmp_path)
+    assert len(table) == 18
+    meant = dict(zip(names, ("train", "val", "test", "covid", "normal", "pneumonia"), strict=True))
+    for path, split, label, line in zip(table["path"], table["split"], table["label"], table["line"], strict=True):
+        parts = Path(path).parts
+        assert (split, label, line) == (meant[parts[0]], meant[parts[1]], 0)
+    assert table["patient_id"].str.startswith("image:").all()
+    assert all(Path(file).is_absolute() for file in table["file"])
+
+
+def test_class_folders_without_splits(tmp_path: Path) -> None:
+    touch(tmp_path, "COVID/a.png", "Normal/b.png", "covid-19/c.png")
+    table = read_folder(tmp_path)
+    assert table["path"].tolist() == ["COVID/a.png", "Normal/b.png", "covid-19/c.png"]
+    assert table["label"].tolist() == ["covid", "normal", "covid"]
+    assert table["split"].tolist() == ["", "", ""]
+
+
+def test_nested_files_belong_to_their_class(tmp_path: Path) -> None:
+    touch(tmp_path, "train/covid/hospital/p1/a.png", "train/normal/b.png", "test/covid/normal/c.png")
+    table = read_folder(tmp_path)
+    assert dict(zip(table["path"], table["label"], strict=True)) == {
+        "test/covid/normal/c.png": "covid",
+        "train/covid/hospital/p1/a.png": "covid",
+        "train/normal/b.png": "normal",
+    }
+
+
+def test_litter_of_file_managers_is_passed_over(tmp_path: Path) -> None:
+    touch(tmp_path, "covid/a.png", "covid/.DS_Store", "covid/Thumbs.db", "covid/sub/desktop.ini", "covid/._a.png")
+    touch(tmp_path, "normal/THUMBS.DB", "normal/b.png", ".git/covid/x.png", ".cache/y.png", "README.txt")
+    assert read_folder(tmp_path)["path"].tolist() == ["covid/a.png", "normal/b.png"]
+
+
+def test_a_hidden_folder_inside_a_class_is_passed_over(tmp_path: Path) -> None:
+    # Jupyter leaves copies there, and a copy in another split is a leak
+    touch(tmp_path, "covid/a.png", "covid/.ipynb_checkpoints/a-checkpoint.png")
+    assert read_folder(tmp_path)["path"].tolist() == ["covid/a.png"]
+
+
+def test_a_folder_below_a_hidden_one_is_read(tmp_path: Path) -> None:
+    touch(tmp_path, ".data/set/covid/a.png")  # hidden counts from the root of the set on
+    assert read_folder(tmp_path / ".data" / "set")["path"].tolist() == ["covid/a.png"]
+
+
+@pytest.mark.parametrize("where", ["covid", "train/covid"])
+def test_a_fifo_in_a_class_folder_is_refused(tmp_path: Path, where: str) -> None:
+    # hashing it would wait for ever for a writer
+    touch(tmp_path, f"{where}/a.png")
+    os.mkfifo(tmp_path / where / "pipe.png")
+    assert f"{where}/pipe.png" in folder_fault(tmp_path)
+
+
+def test_a_dangling_link_in_a_class_folder_is_refused(tmp_path: Path) -> None:
+    # passed over, a disk that is not mounted would silently make the set smaller
+    touch(tmp_path, "covid/a.png")
+    (tmp_path / "covid" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    assert "covid/gone.png" in folder_fault(tmp_path)
+
+
+def test_unmatched_folders_are_listed(tmp_path: Path) -> None:
+    touch(tmp_path, "covid/a.png", "masks/b.png", "lungs/c.png")
+    message = folder_fault(tmp_path)
+    assert "folders lungs, masks are neither a split" in message
+
+
+def test_unmatched_folders_beside_and_inside_splits_are_listed(tmp_path: Path) -> None:
+    touch(tmp_path, "train/covid/a.png", "train/tuberculosis/b.png", "extra/covid/c.png", "covid/d.png")
+    message = folder_fault(tmp_path)
+    assert "covid, extra, train/tuberculosis" in message
+
+
+@pytest.mark.parametrize("inside", [(), ("covid/",), ("train/covid/", "test/"), ("covid/.hidden",)])
+def test_a_folder_without_images(tmp_path: Path, inside: tuple[str, ...]) -> None:
+    for name in inside:
+        (tmp_path / name).mkdir(parents=True) if name.endswith("/") else touch(tmp_path, name)
+    assert "no images under" in folder_fault(tmp_path)
+
+
+def test_no_folder_there(tmp_path: Path) -> None:
+    touch(tmp_path, "a.txt")
+    for name in ("nowhere", "a.txt"):
+        assert f"data.root={tmp_path / name}: no such folder" in folder_fault(tmp_path / name)
+
+
+def test_the_order_of_files_on_disk_changes_nothing(tmp_path: Path) -> None:
+    names = [
+        f"{split}/{label}/{k}.png" for split in ("train", "test") for label in ("covid", "normal") for k in range(6)
+    ]
+    tables = []
+    for seed in range(3):
+        order = list(names)
+        random.Random(seed).shuffle(order)
+        touch(tmp_path / str(seed), *order)
+        tables.append(read_folder(tmp_path / str(seed)).drop(columns="file"))
+    assert [table["path"].tolist() for table in tables] == [sorted(names)] * 3
+    assert all(table.equals(tables[0]) for table in tables)
+
+
+# real sets
+
+
+@pytest.fixture
+def real() -> Path:
+    if not REAL.is_dir():
+        pytest.skip(f"no real radiographs at {REAL}")
+    return REAL
+
+
+@pytest.mark.real
+def test_darkcovidnet_has_1124_images(real: Path) -> None:
+    table = read_manifest(real / "darkcovidnet" / "manifest.csv")
+    assert table["label"].value_counts().to_dict() == {"covid": 124, "normal": 500, "pneumonia": 500}
+    assert len(table) == 1124
+    assert not table["patient_id"].str.startswith("image:").any()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["raw", "external", "imbalanced"])
+def test_the_other_sets_read_without_a_fault(real: Path, name: str) -> None:
+    path = real / name / "manifest.csv"
+    assert len(read_manifest(path)) == len(path.read_text().splitlines()) - 1

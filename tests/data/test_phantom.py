@@ -1,0 +1,173 @@
+"""Phantoms are the same each time, complete or absent, and give the class away through the lungs alone."""
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from covid_cls.data.phantom import COLUMNS, build_phantoms
+from covid_cls.errors import InputError
+from covid_cls.labels import CLASSES
+
+
+def rows_of(manifest: Path) -> list[dict[str, str]]:
+    with manifest.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def pixels_of(folder: Path, row: dict[str, str]) -> np.ndarray:
+    with Image.open(folder / row["path"]) as image:
+        assert image.format == "PNG"
+        assert image.mode == "L"
+        return np.asarray(image)
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_phantoms(tmp_path_factory.mktemp("clean"), images=48, seed=3).parent
+
+
+@pytest.fixture(scope="module")
+def rows(clean: Path) -> list[dict[str, str]]:
+    return rows_of(clean / "manifest.csv")
+
+
+def test_same_arguments_same_bytes(tmp_path: Path) -> None:
+    first, second = (build_phantoms(tmp_path / name, images=24, seed=1).parent for name in "ab")
+    assert contents(first) == contents(second)
+    assert len(contents(first)) == 24 + 1  # no temporary file is left behind
+
+
+def test_another_seed_draws_other_pictures(tmp_path: Path, clean: Path, rows: list[dict[str, str]]) -> None:
+    other = build_phantoms(tmp_path, images=6, seed=4)
+    known = {(clean / row["path"]).read_bytes() for row in rows}
+    assert not known & {(tmp_path / row["path"]).read_bytes() for row in rows_of(other)}
+
+
+def test_manifest_lists_every_image_once(clean: Path, rows: list[dict[str, str]]) -> None:
+    assert tuple(rows[0]) == COLUMNS
+    listed = [row["path"] for row in rows]
+    assert sorted(listed) == sorted(path.relative_to(clean).as_posix() for path in clean.rglob("*.png"))
+    assert all(row["path"].startswith(f"images/{row['label']}/") for row in rows)
+    assert {row["view"] for row in rows} == {"PA", "AP"}
+
+
+@pytest.mark.parametrize(("images", "counts"), [(6, (2, 2, 2)), (8, (3, 3, 2))])
+def test_a_small_set_has_two_patients_and_more_of_each_class(
+    tmp_path: Path, images: int, counts: tuple[int, int, int]
+) -> None:
+    found = rows_of(build_phantoms(tmp_path, images=images))
+    assert tuple(sum(row["label"] == c for row in found) for c in CLASSES) == counts
+    assert all(len({row["patient_id"] for row in found if row["label"] == c}) >= 2 for c in CLASSES)
+
+
+def test_patients_have_several_images_one_label_and_one_source(rows: list[dict[str, str]]) -> None:
+    patients = defaultdict(list)
+    for row in rows:
+        patients[row["patient_id"]].append(row)
+    assert max(map(len, patients.values())) > 1
+    assert len(patients) >= 4 * len(CLASSES)
+    for images in patients.values():
+        assert len({(row["label"], row["source"]) for row in images}) == 1
+
+
+def test_source_and_patient_size_say_nothing_of_the_class(rows: list[dict[str, str]]) -> None:
+    by_class = {c: [row for row in rows if row["label"] == c] for c in CLASSES}
+    sources = {c: sorted(row["source"] for row in found) for c, found in by_class.items()}
+    sizes = {
+        c: sorted(sum(row["patient_id"] == p for row in found) for p in {row["patient_id"] for row in found})
+        for c, found in by_class.items()
+    }
+    assert sources["covid"] == sources["normal"] == sources["pneumonia"]
+    assert sizes["covid"] == sizes["normal"] == sizes["pneumonia"]
+    assert set(sources["covid"]) == {"site_a", "site_b"}
+
+
+def test_images_are_grey_with_dark_lungs_and_a_bright_middle(clean: Path, rows: list[dict[str, str]]) -> None:
+    for row in rows:
+        pixels = pixels_of(clean, row)
+        assert pixels.dtype == np.uint8
+        assert pixels.std() > 25
+        height, width = pixels.shape
+        assert (width > height) == (row["source"] == "site_b")
+        spine = pixels[height // 3 : height // 2, int(0.47 * width) : int(0.53 * width)]
+        lungs = pixels[height // 4 : height // 2, int(0.3 * width) : int(0.4 * width)]
+        assert spine.mean() > lungs.mean() + 15
+
+
+def test_two_images_of_a_patient_differ(clean: Path, rows: list[dict[str, str]]) -> None:
+    assert len({(clean / row["path"]).read_bytes() for row in rows}) == len(rows)
+
+
+def test_opacities_make_the_lungs_of_the_sick_denser(clean: Path, rows: list[dict[str, str]]) -> None:
+    density: dict[str, list[float]] = {c: [] for c in CLASSES}
+    for row in rows:
+        pixels = pixels_of(clean, row).astype(float)
+        height, width = pixels.shape
+        lung = pixels[height // 3 : int(0.65 * height), int(0.2 * width) : int(0.38 * width)]
+        density[row["label"]].append(lung.mean() / pixels[int(0.9 * height) :].mean())
+    mean = {c: np.mean(values) for c, values in density.items()}
+    assert min(mean["covid"], mean["pneumonia"]) > mean["normal"]
+    assert min(density["covid"]) < max(density["normal"])  # and yet no single grey value tells
+
+
+def test_marker_of_full_strength_is_on_covid_alone_and_in_one_corner(tmp_path: Path, clean: Path) -> None:
+    marked = build_phantoms(tmp_path, images=48, seed=3, shortcut="marker")
+    assert marked.read_bytes() == (clean / "manifest.csv").read_bytes()
+    for row in rows_of(marked):
+        before, after = pixels_of(clean, row), pixels_of(tmp_path, row)
+        changed = np.argwhere(before != after)
+        assert bool(len(changed)) == (row["label"] == "covid")
+        if len(changed):
+            assert changed[:, 0].max() < 0.2 * before.shape[0]
+            assert changed[:, 1].min() > 0.8 * before.shape[1]
+            assert after.max() == 250 or before.max() > 250
+
+
+def test_marker_of_no_strength_is_on_half_of_every_class(tmp_path: Path, clean: Path) -> None:
+    marked = build_phantoms(tmp_path, images=48, seed=3, shortcut="marker", shortcut_strength=0)
+    found = rows_of(marked)
+    for c in CLASSES:
+        mine = [row for row in found if row["label"] == c]
+        changed = sum((clean / row["path"]).read_bytes() != (tmp_path / row["path"]).read_bytes() for row in mine)
+        assert 2 <= changed <= len(mine) - 2
+
+
+def test_an_interrupted_build_is_redone(tmp_path: Path) -> None:
+    manifest = build_phantoms(tmp_path, images=6)
+    whole = contents(tmp_path)
+    half = tmp_path / rows_of(manifest)[0]["path"]
+    half.write_bytes(half.read_bytes()[:100])
+    manifest.unlink()
+    build_phantoms(tmp_path, images=6)
+    assert contents(tmp_path) == whole
+
+
+def test_a_complete_set_is_left_alone(tmp_path: Path) -> None:
+    manifest = build_phantoms(tmp_path, images=6)
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert build_phantoms(tmp_path, images=6) == manifest
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == stamps
+
+
+@pytest.mark.parametrize(
+    ("wrong", "remedy"),
+    [
+        ({"images": 5}, "ask for 6 or more"),
+        ({"seed": -1}, "0 or more"),
+        ({"shortcut": "text"}, "none, marker"),
+        ({"shortcut_strength": 1.5}, "from 0"),
+        ({"shortcut_strength": float("nan")}, "from 0"),
+    ],
+)
+def test_bad_arguments_name_the_remedy_and_write_nothing(tmp_path: Path, wrong: dict[str, object], remedy: str) -> None:
+    with pytest.raises(InputError, match=remedy):
+        build_phantoms(tmp_path / "set", **wrong)  # type: ignore[arg-type]
+    assert not (tmp_path / "set").exists()

@@ -1,0 +1,417 @@
+"""The store holds what decoding gives, is built once, and a build that dies leaves nothing that is believed."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from torchvision.transforms import functional
+
+from covid_cls.data.manifest import read_manifest
+from covid_cls.data.readers import read_image
+from covid_cls.data.store import default_cache, draw_on_canvas, hash_files, open_store
+from covid_cls.errors import InputError
+
+REPOSITORY = Path(__file__).parents[2]
+REAL = REPOSITORY.parent / "shared" / "cxr"
+
+
+def picture(seed: int, width: int = 48, height: int = 40) -> np.ndarray:
+    return np.random.default_rng(seed).integers(1, 256, (height, width), dtype=np.uint8)
+
+
+def image_set(root: Path, count: int, width: int = 48, height: int = 40) -> pd.DataFrame:
+    """A table of `count` PNG files as `read_manifest` gives it."""
+    root.mkdir(parents=True, exist_ok=True)
+    for k in range(count):
+        Image.fromarray(picture(k, width + k % 3, height + k % 5)).save(root / f"{k:04d}.png")
+    names = [f"{k:04d}.png" for k in range(count)]
+    files = [str(root / name) for name in names]
+    return pd.DataFrame({"path": names, "file": files, "line": np.arange(count) + 2, "sha256": ""})
+
+
+def decoded(table: pd.DataFrame, size: int, canvas: int) -> np.ndarray:
+    return np.stack([draw_on_canvas(read_image(Path(file)), size, canvas) for file in table["file"]])
+
+
+def rewrite(path: Path, content: bytes, *, same_time: bool) -> None:
+    """Other bytes of the same length in `path`, with the time of the old ones or a later one."""
+    stat = path.stat()
+    assert len(content) == stat.st_size
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + (0 if same_time else 1_000_000)))
+
+
+def stores(cache: Path) -> list[str]:
+    return sorted(path.name for path in (cache / "store").iterdir() if path.suffix != ".lock")
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> pd.DataFrame:
+    return image_set(tmp_path / "set", 10)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+# drawing
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (90, 64), (64, 91), (65, 33), (200, 41), (39, 120)])
+@pytest.mark.parametrize(("size", "canvas"), [(32, 32), (32, 24), (33, 24), (40, 31), (80, 64)])
+def test_drawing_is_what_torchvision_draws(width: int, height: int, size: int, canvas: int) -> None:
+    image = picture(0, width, height)
+    theirs = functional.center_crop(functional.resize(Image.fromarray(image), [size]), [canvas])
+    assert np.array_equal(draw_on_canvas(image, size, canvas), np.asarray(theirs))
+
+
+def test_a_larger_canvas_has_a_black_border() -> None:
+    image = picture(0, 40, 40)
+    drawn = draw_on_canvas(image, 40, 60)
+    assert drawn.shape == (60, 60)
+    assert np.array_equal(drawn[10:50, 10:50], image)
+    assert drawn.sum() == image.sum()
+
+
+def test_a_smaller_canvas_cuts_what_is_outside() -> None:
+    image = picture(0, 48, 40)
+    assert np.array_equal(draw_on_canvas(image, 40, 20), image[10:30, 14:34])
+
+
+def test_a_canvas_between_the_sides_cuts_one_and_fills_the_other() -> None:
+    image = picture(0, 80, 40)
+    drawn = draw_on_canvas(image, 40, 60)
+    assert np.array_equal(drawn[10:50], image[:, 10:70])
+    assert drawn[:10].max() == drawn[50:].max() == 0
+
+
+@pytest.mark.parametrize("size", [31, 32, 57, 200])
+@pytest.mark.parametrize(("width", "height"), [(33, 33), (97, 64), (32, 159)])
+def test_scaling_keeps_an_even_grey_and_the_aspect(size: int, width: int, height: int) -> None:
+    drawn = draw_on_canvas(np.full((height, width), 200, np.uint8), size, 8 * size)
+    rows, columns = (drawn.any(axis=axis).sum() for axis in (1, 0))
+    assert set(np.unique(drawn)) == {0, 200}
+    assert min(rows, columns) == size
+    assert max(rows, columns) == pytest.approx(size * max(width, height) / min(width, height), abs=1)
+
+
+# hashes
+
+
+def test_hashes_are_those_of_the_bytes(table: pd.DataFrame, cache: Path) -> None:
+    wanted = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in table["file"]]
+    assert hash_files(table, cache) == wanted
+    assert hash_files(table, cache) == wanted
+    assert hash_files(table.iloc[::-1], cache) == wanted[::-1]
+
+
+def test_only_what_changed_is_hashed_again(table: pd.DataFrame, cache: Path) -> None:
+    before = hash_files(table, cache)
+    unseen, seen = Path(table.loc[3, "file"]), Path(table.loc[4, "file"])
+    rewrite(unseen, unseen.read_bytes()[::-1], same_time=True)
+    rewrite(seen, seen.read_bytes()[::-1], same_time=False)
+    after = hash_files(table, cache)
+    assert [k for k in range(10) if before[k] != after[k]] == [4]  # 3 has the old size and time: it was not opened
+    assert after[4] == hashlib.sha256(seen.read_bytes()).hexdigest()
+
+
+def test_a_file_of_another_length_is_hashed_again(table: pd.DataFrame, cache: Path) -> None:
+    before = hash_files(table, cache)
+    path = Path(table.loc[0, "file"])
+    stat = path.stat()
+    path.write_bytes(path.read_bytes() + b"\0")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert hash_files(table, cache)[0] != before[0]
+
+
+def test_a_part_of_the_set_forgets_no_hash_of_the_rest(table: pd.DataFrame, cache: Path) -> None:
+    before = hash_files(table, cache)
+    rewrite(Path(table.loc[7, "file"]), Path(table.loc[7, "file"]).read_bytes()[::-1], same_time=True)
+    Path(table.loc[0, "file"]).touch()
+    hash_files(table[:3], cache)
+    assert hash_files(table, cache) == before
+
+
+def test_a_wrong_sha256_names_the_line(table: pd.DataFrame, cache: Path) -> None:
+    hashes = hash_files(table, cache)
+    table["sha256"] = [hash_.upper() if k % 2 else hash_ for k, hash_ in enumerate(hashes)]
+    assert hash_files(table, cache) == hashes  # case does not count
+    table.loc[[2, 5], "sha256"] = "0" * 64
+    with pytest.raises(InputError, match=r"2 files do not have the sha256 .*: line 4: 0002\.png, line 7: 0005\.png\."):
+        hash_files(table, cache)
+    table.loc[[2, 5], "sha256"] = ""
+    assert hash_files(table, cache) == hashes
+
+
+def test_a_flipped_bit_is_caught(table: pd.DataFrame, cache: Path) -> None:
+    table["sha256"] = hash_files(table, cache)
+    path = Path(table.loc[6, "file"])
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    rewrite(path, bytes(content), same_time=False)
+    with pytest.raises(InputError, match=r"line 8: 0006\.png"):
+        hash_files(table, cache)
+
+
+# stores
+
+
+@pytest.mark.parametrize(("size", "canvas"), [(32, 32), (24, 40), (40, 24)])
+def test_a_store_holds_what_decoding_gives(table: pd.DataFrame, cache: Path, size: int, canvas: int) -> None:
+    store = open_store(table, hash_files(table, cache), size=size, canvas=canvas, cache=cache)
+    assert (store.images.shape, store.images.dtype) == ((10, canvas, canvas), np.uint8)
+    assert np.array_equal(store.images, decoded(table, size, canvas))
+    assert store.bad == {}
+    assert not store.images.flags.writeable
+
+
+def test_a_store_is_opened_again_without_touching_an_image(table: pd.DataFrame, cache: Path) -> None:
+    hashes = hash_files(table, cache)
+    wanted = open_store(table, hashes, size=32, canvas=32, cache=cache).images.copy()
+    for file in table["file"]:
+        rewrite(Path(file), bytes(Path(file).stat().st_size), same_time=True)
+    assert hash_files(table, cache) == hashes
+    assert np.array_equal(open_store(table, hashes, size=32, canvas=32, cache=cache).images, wanted)
+    shutil.rmtree(Path(table.loc[0, "file"]).parent)
+    assert np.array_equal(open_store(table, hashes, size=32, canvas=32, cache=cache).images, wanted)
+    assert len(stores(cache)) == 1
+
+
+def test_changed_content_makes_another_store(table: pd.DataFrame, cache: Path) -> None:
+    first = open_store(table, hash_files(table, cache), size=32, canvas=32, cache=cache).images.copy()
+    Image.fromarray(picture(99)).save(table.loc[2, "file"])
+    second = open_store(table, hash_files(table, cache), size=32, canvas=32, cache=cache).images
+    assert [k for k in range(10) if not np.array_equal(first[k], second[k])] == [2]
+    assert np.array_equal(second, decoded(table, 32, 32))
+    assert len(stores(cache)) == 2
+
+
+def test_every_setting_and_the_order_of_the_rows_has_a_store_of_its_own(table: pd.DataFrame, cache: Path) -> None:
+    hashes = hash_files(table, cache)
+    for size, canvas in ((32, 32), (33, 32), (32, 33), (32, 32)):
+        open_store(table, hashes, size=size, canvas=canvas, cache=cache)
+    assert len(stores(cache)) == 3
+    turned = open_store(table[::-1], hashes[::-1], size=32, canvas=32, cache=cache)
+    assert np.array_equal(turned.images, decoded(table, 32, 32)[::-1])
+
+
+def test_a_set_that_moved_keeps_its_store(table: pd.DataFrame, cache: Path, tmp_path: Path) -> None:
+    open_store(table, hash_files(table, cache), size=32, canvas=32, cache=cache)
+    (tmp_path / "set").rename(tmp_path / "elsewhere")
+    moved = table.assign(file=[file.replace("/set/", "/elsewhere/") for file in table["file"]])
+    open_store(moved, hash_files(moved, cache), size=32, canvas=32, cache=cache)
+    assert len(stores(cache)) == 1
+
+
+def test_bad_images_are_black_and_listed(table: pd.DataFrame, cache: Path) -> None:
+    Path(table.loc[3, "file"]).write_bytes(b"<html>not found</html>")
+    Path(table.loc[8, "file"]).write_bytes(Path(table.loc[8, "file"]).read_bytes()[:300])
+    for _ in range(2):  # as built, and as opened again
+        store = open_store(table, hash_files(table, cache), size=32, canvas=32, cache=cache)
+        assert list(store.bad) == [3, 8]
+        assert "web page" in store.bad[3]
+        assert "damaged" in store.bad[8]
+        assert store.images[[3, 8]].max() == 0
+        good = table.drop(index=[3, 8])
+        assert np.array_equal(store.images[good.index], decoded(good, 32, 32))
+
+
+def test_many_images_are_decoded_by_several_processes_to_the_same_store(tmp_path: Path, cache: Path) -> None:
+    files = image_set(tmp_path / "set", 20, 40, 40)
+    table = pd.concat([files] * 27, ignore_index=True)  # 540 rows: above the number that one process decodes
+    table["path"] = [f"{k}.png" for k in range(len(table))]
+    table.loc[[31, 32, 539], "file"] = str(tmp_path / "bad.png")  # on both sides of a border between chunks
+    (tmp_path / "bad.png").write_bytes(b"a text")
+    store = open_store(table, hash_files(table, cache), size=20, canvas=16, cache=cache)
+    assert sorted(store.bad) == [31, 32, 539]
+    good = [k for k in range(len(table)) if k not in store.bad]
+    assert np.array_equal(store.images[good], np.tile(decoded(files, 20, 16), (27, 1, 1))[good])
+    assert store.images[list(store.bad)].max() == 0
+
+
+def test_a_store_can_be_read_by_others(table: pd.DataFrame, cache: Path) -> None:
+    open_store(table, hash_files(table, cache), size=32, canvas=32, cache=cache)
+    (folder,) = (cache / "store" / name for name in stores(cache))
+    assert folder.stat().st_mode & 0o777 == 0o755
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in folder.iterdir())
+
+
+def test_a_full_disk_is_said_before_anything_is_written(
+    table: pd.DataFrame, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    hashes = hash_files(table, cache)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 5000, 5000))
+    with pytest.raises(
+        InputError, match=r"cache/store: the image store needs 10,240 bytes and 5,000 are free.*data\.cache"
+    ):
+        open_store(table, hashes, size=32, canvas=32, cache=cache)
+    assert stores(cache) == []
+    monkeypatch.undo()
+    assert open_store(table, hashes, size=32, canvas=32, cache=cache).bad == {}
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("COVID_CLS_CACHE", raising=False)
+    assert default_cache() == tmp_path / ".cache" / "covid_cls"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert default_cache() == tmp_path / "xdg" / "covid_cls"
+    monkeypatch.setenv("COVID_CLS_CACHE", str(tmp_path / "own"))
+    assert default_cache() == tmp_path / "own"
+
+
+# several processes, and their deaths
+
+OPEN = """
+import sys, json, hashlib
+from pathlib import Path
+import pandas as pd
+from covid_cls.data import store
+table_at, hashes_at, cache, log, size = sys.argv[1:]
+build = store._build
+def counted(*arguments):
+    with open(log, "a") as file:
+        file.write("build\\n")
+    build(*arguments)
+store._build = counted
+print("ready", flush=True)
+sys.stdin.readline()
+table = pd.read_json(table_at, dtype={"path": str})
+hashes = json.loads(Path(hashes_at).read_text())
+found = store.open_store(table, hashes, size=int(size), canvas=int(size), cache=Path(cache))
+print(hashlib.sha256(found.images.tobytes()).hexdigest(), flush=True)
+"""
+
+
+def start_open(table: pd.DataFrame, hashes: list[str], cache: Path, size: int) -> "subprocess.Popen[str]":
+    """A process that opens the store as soon as it gets a line; it is the head of a group of its own."""
+    table.to_json(cache.parent / "table.json")
+    (cache.parent / "hashes.json").write_text(json.dumps(hashes))
+    arguments = [cache.parent / "table.json", cache.parent / "hashes.json", cache, cache.parent / "log", size]
+    process = subprocess.Popen(
+        [sys.executable, "-c", OPEN, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def go(process: "subprocess.Popen[str]") -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def slow_set(root: Path, rows: int) -> pd.DataFrame:
+    """Rows that take some 10 ms each to decode; few files, as hashing them is not what is measured."""
+    files = image_set(root, 4, 700, 700)
+    table = pd.concat([files] * (rows // 4), ignore_index=True)
+    table["path"] = [f"{k}.png" for k in range(len(table))]
+    return table
+
+
+def test_processes_that_ask_at_once_build_once(tmp_path: Path, cache: Path) -> None:
+    table = slow_set(tmp_path / "set", 48)
+    hashes = hash_files(table, cache)
+    processes = [start_open(table, hashes, cache, 64) for _ in range(3)]
+    for process in processes:
+        go(process)
+    answers = [process.communicate(timeout=60)[0].strip() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert set(answers) == {hashlib.sha256(decoded(table, 64, 64).tobytes()).hexdigest()}
+    assert (tmp_path / "log").read_text() == "build\n"
+    assert len(stores(cache)) == 1
+
+
+def group_members(group: int) -> list[int]:
+    """The processes of this group that are alive."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(its_group) == group and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def begun(images: Path) -> bool:
+    """Whether the first row is decoded; a file that is still being laid out is shorter than its header says."""
+    try:
+        return bool(np.load(images, "r")[0].any())
+    except (ValueError, OSError):
+        return False
+
+
+@pytest.mark.parametrize("rows", [400, 1200], ids=["one process", "several processes"])
+def test_a_killed_build_is_never_trusted(tmp_path: Path, cache: Path, rows: int) -> None:
+    table = slow_set(tmp_path / "set", rows)
+    hashes = hash_files(table, cache)
+    process = start_open(table, hashes, cache, 64)
+    try:
+        go(process)
+        deadline = time.monotonic() + 30
+        while not any(begun(file) for file in (cache / "store").glob("*.tmp*/images.npy")):
+            assert time.monotonic() < deadline
+            assert process.poll() is None, "the build was over before it could be killed"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=10)
+        (scratch,) = stores(cache)
+        assert ".tmp" in scratch  # nothing has the name of a store
+        unfinished = np.load(cache / "store" / scratch / "images.npy", "r")
+        assert not unfinished.any(axis=(1, 2)).all()
+
+        small = table[:40]  # what is left of one store does not disturb another
+        open_store(small, hashes[:40], size=64, canvas=64, cache=cache)
+        if rows == 400:
+            store = open_store(table, hashes, size=64, canvas=64, cache=cache)
+            assert np.array_equal(store.images, np.tile(decoded(table[:4], 64, 64), (rows // 4, 1, 1)))
+            assert store.bad == {}
+            assert not [name for name in stores(cache) if ".tmp" in name]
+        deadline = time.monotonic() + 5
+        while group_members(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert group_members(process.pid) == [], "workers outlive the build that started them"
+    finally:
+        for member in group_members(process.pid):
+            os.kill(member, signal.SIGKILL)
+
+
+def test_a_build_that_fails_leaves_nothing(table: pd.DataFrame, cache: Path) -> None:
+    with pytest.raises(ValueError, match="must be > 0"):
+        open_store(table, hash_files(table, cache), size=0, canvas=32, cache=cache)  # found out while decoding
+    assert stores(cache) == []
+
+
+# real sets
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real radiographs at {REAL}")
+@pytest.mark.parametrize("name", ["raw", "external", "darkcovidnet"])
+def test_every_real_radiograph_decodes(name: str, cache: Path) -> None:
+    table = read_manifest(REAL / name / "manifest.csv")
+    store = open_store(table, hash_files(table, cache), size=32, canvas=32, cache=cache)
+    assert store.bad == {}
+    assert (store.images.reshape(len(table), -1).max(axis=1) > 0).all()

@@ -1,0 +1,278 @@
+"""Views depend on (seed, epoch, index) alone, move pixels where geometry says, and never need what was cut away."""
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+
+from covid_cls.data.store import draw_on_canvas
+from covid_cls.errors import InputError
+from covid_cls.models.transforms import Augment, Preprocess
+
+CXR = {"rotation": 10.0, "shift": 0.05, "scale": 0.1, "contrast": 0.2}
+SEED = {"rotation": 30.0, "mirror": 0.5}
+LOW, MIDDLE, HIGH = 0.0, 0.5, 1.0  # of a draw
+
+
+class Chosen(Augment):
+    """An `Augment` whose draws are given: rotation, shift x, shift y, scale, mirror and contrast, each in [0, 1]."""
+
+    draws: NDArray[np.float64]
+
+    def _uniforms(self, seed: int, epoch: int, index: Tensor) -> NDArray[np.float64]:
+        return self.draws
+
+
+def view_of(canvas: Tensor, crop: int, draw: tuple[float, ...], **ranges: Any) -> Tensor:
+    augment = Chosen(**ranges)
+    augment.draws = np.array([draw])
+    return augment(canvas, torch.zeros(1, dtype=torch.long), crop, 0, 0)[0, 0]
+
+
+def noise(n: int, side: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(256, (n, 1, side, side), generator=generator, dtype=torch.uint8)
+
+
+def dot(side: int, right: float, down: float) -> Tensor:
+    """A canvas with a soft bright dot this far from its centre."""
+    y, x = np.mgrid[:side, :side] - (side - 1) / 2
+    spot = 255 * np.exp(-((x - right) ** 2 + (y - down) ** 2) / 8)
+    return torch.from_numpy(spot.round().astype(np.uint8))[None, None]
+
+
+def place(view: Tensor) -> tuple[float, float]:
+    """Where the brightness of a view lies, as (right, down) of its centre."""
+    side = len(view)
+    offset = torch.arange(side) - (side - 1) / 2
+    mass = view.sum().item()
+    return (view.sum(0) * offset).sum().item() / mass, (view.sum(1) * offset).sum().item() / mass
+
+
+def centre(canvas: Tensor, crop: int) -> Tensor:
+    return Preprocess(crop, crop).centre(canvas)
+
+
+@pytest.mark.parametrize(("ranges", "crop", "canvas"), [(SEED, 224, 308), ({}, 224, 224), ({}, 32, 32)])
+def test_canvas_sizes(ranges: dict[str, float], crop: int, canvas: int) -> None:
+    assert Augment(**ranges).canvas(crop) == canvas
+
+
+@pytest.mark.parametrize("crop", [32, 33, 63, 224, 299])
+@pytest.mark.parametrize(
+    "ranges",
+    [CXR, SEED, {"rotation": 45.0}, {"shift": 0.5}, {"scale": 0.5}, {"mirror": 0.5}, {"contrast": 1.0}],
+    ids=str,
+)
+def test_a_canvas_is_the_crop_and_a_multiple_of_four(ranges: dict[str, float], crop: int) -> None:
+    assert (Augment(**ranges).canvas(crop) - crop) % 4 == 0
+
+
+@pytest.mark.parametrize("crop", [32, 33, 64, 224])
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        {"rotation": 10.0, "shift": 0.05, "scale": 0.1},
+        SEED,
+        {"rotation": 45.0, "shift": 0.5, "scale": 0.5, "mirror": 0.5},
+        {"shift": 0.25},
+        {"scale": 0.3},
+        {"mirror": 0.5},
+    ],
+    ids=str,
+)
+def test_the_canvas_holds_all_that_the_most_extreme_views_show(ranges: dict[str, float], crop: int) -> None:
+    augment = Chosen(**ranges)
+    augment.draws = np.array(list(itertools.product((LOW, HIGH), repeat=6)))
+    side, n = augment.canvas(crop), len(augment.draws)
+    white = torch.full((1, 1, side, side), 255, dtype=torch.uint8).expand(n, -1, -1, -1)
+    views = augment(white, torch.zeros(n, dtype=torch.long), crop, 0, 0)
+    torch.testing.assert_close(views, torch.ones(n, 1, crop, crop), rtol=0, atol=1e-5)
+
+
+def test_drawn_views_of_a_white_canvas_are_white() -> None:
+    augment = Augment(rotation=10.0, shift=0.05, scale=0.1)
+    side, n = augment.canvas(32), 500
+    views = augment(torch.full((n, 1, side, side), 255, dtype=torch.uint8), torch.arange(n), 32, 1, 2)
+    torch.testing.assert_close(views, torch.ones(n, 1, 32, 32), rtol=0, atol=1e-5)
+
+
+def test_outside_the_canvas_is_black() -> None:
+    white = torch.full((1, 1, 32, 32), 255, dtype=torch.uint8)
+    view = view_of(white, 32, (HIGH, MIDDLE, MIDDLE, MIDDLE, MIDDLE, MIDDLE), rotation=45.0)
+    assert view[0, 0] == 0
+    assert view[16, 16] == 1
+
+
+@pytest.mark.parametrize("ranges", [CXR, SEED], ids=["cxr", "seed"])
+def test_a_view_does_not_depend_on_the_rest_of_the_batch(ranges: dict[str, float]) -> None:
+    augment = Augment(**ranges)
+    side = augment.canvas(32)
+    canvas, index = noise(6, side), torch.tensor([4, 0, 9, 2, 300, 7])
+    together = augment(canvas, index, 32, 5, 1)
+    for other in (Augment(**ranges), augment):
+        alone = torch.cat([other(canvas[i : i + 1], index[i : i + 1], 32, 5, 1) for i in range(6)])
+        torch.testing.assert_close(alone, together, rtol=0, atol=1e-6)
+    backwards = Augment(**ranges)(canvas.flip(0), index.flip(0), 32, 5, 1).flip(0)
+    torch.testing.assert_close(backwards, together, rtol=0, atol=1e-6)
+
+
+def test_a_view_does_not_depend_on_the_global_generators() -> None:
+    canvas, index = noise(2, 48), torch.tensor([0, 1])
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002  # the one that must not matter
+    first = Augment(**CXR)(canvas, index, 32, 0, 0)
+    state = torch.get_rng_state()
+    second = Augment(**CXR)(canvas, index, 32, 0, 0)
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)  # nor does it move them on
+
+
+@pytest.mark.parametrize(("seed", "epoch"), [(0, 1), (1, 0), (1, 1), (7, 0)])
+def test_another_epoch_or_seed_gives_other_views(seed: int, epoch: int) -> None:
+    augment, canvas, index = Augment(**CXR), noise(8, 48), torch.arange(8)
+    first, second = augment(canvas, index, 32, 0, 0), augment(canvas, index, 32, seed, epoch)
+    assert ((first - second).abs().amax(dim=(1, 2, 3)) > 0.1).all()
+    assert torch.equal(augment(canvas, index, 32, 0, 0), first)  # and coming back gives the first ones again
+
+
+def test_images_of_a_batch_are_drawn_apart() -> None:
+    canvas = noise(1, 48).expand(8, -1, -1, -1)
+    views = Augment(**CXR)(canvas, torch.arange(8), 32, 0, 0)
+    assert all((views[i] - views[j]).abs().max() > 0.1 for i, j in itertools.combinations(range(8), 2))
+
+
+@pytest.mark.parametrize("key", ["rotation", "shift", "scale", "contrast"])
+@pytest.mark.parametrize("crop", [32, 33])
+def test_ranges_near_zero_give_the_centre_crop(key: str, crop: int) -> None:
+    augment = Augment(**{key: 1e-9})
+    assert augment.random
+    canvas = noise(4, augment.canvas(crop))
+    found = augment(canvas, torch.arange(4), crop, 0, 0)
+    torch.testing.assert_close(found, centre(canvas, crop), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("crop", [32, 33])
+def test_a_mirror_that_is_certain_gives_the_flipped_centre_crop(crop: int) -> None:
+    augment = Augment(mirror=1.0)
+    canvas = noise(4, augment.canvas(crop))
+    found = augment(canvas, torch.arange(4), crop, 0, 0)
+    torch.testing.assert_close(found, centre(canvas, crop).flip(-1), rtol=0, atol=1e-4)
+
+
+def test_half_of_the_images_are_mirrored_at_one_half() -> None:
+    augment = Augment(mirror=0.5)
+    canvas = noise(1, augment.canvas(32)).expand(2000, -1, -1, -1)
+    views = augment(canvas, torch.arange(2000), 32, 0, 0)
+    flipped = (views - centre(canvas, 32).flip(-1)).abs().amax(dim=(1, 2, 3)) < 1e-3
+    straight = (views - centre(canvas, 32)).abs().amax(dim=(1, 2, 3)) < 1e-3
+    assert (flipped ^ straight).all()
+    assert 900 < int(flipped.sum()) < 1100  # 4.5 standard deviations
+
+
+@pytest.mark.parametrize("degrees", [5.0, 20.0, 45.0])
+@pytest.mark.parametrize("side", [LOW, HIGH])
+def test_a_rotation_turns_a_dot_about_the_centre_by_its_angle(degrees: float, side: float) -> None:
+    view = view_of(dot(121, 20, -10), 65, (side, MIDDLE, MIDDLE, MIDDLE, MIDDLE, MIDDLE), rotation=degrees)
+    right, down = place(view)
+    assert math.hypot(right, down) == pytest.approx(math.hypot(20, 10), abs=0.05)
+    turned = math.degrees(math.atan2(down, right) - math.atan2(-10, 20))
+    assert abs(turned) == pytest.approx(degrees, abs=0.2)
+
+
+def test_the_two_ends_of_the_rotation_turn_opposite_ways() -> None:
+    ends = [view_of(dot(121, 20, 0), 65, (e, *[MIDDLE] * 5), rotation=30.0) for e in (LOW, HIGH)]
+    (_, first), (_, second) = map(place, ends)
+    assert first == pytest.approx(-second, abs=0.05)
+    assert abs(first) == pytest.approx(10, abs=0.05)
+
+
+def test_a_shift_moves_a_dot_by_its_share_of_the_crop() -> None:
+    right, down = place(view_of(dot(121, 0, 0), 65, (MIDDLE, HIGH, LOW, *[MIDDLE] * 3), shift=0.2))
+    assert abs(right) == pytest.approx(0.2 * 65, abs=0.05)
+    assert down == pytest.approx(-right, abs=0.05)
+
+
+@pytest.mark.parametrize(("end", "factor"), [(LOW, 0.7), (HIGH, 1.3)])
+def test_a_scale_draws_the_image_larger_or_smaller(end: float, factor: float) -> None:
+    right, down = place(view_of(dot(121, 15, 10), 65, (*[MIDDLE] * 3, end, *[MIDDLE] * 2), scale=0.3))
+    assert (right, down) == pytest.approx((15 * factor, 10 * factor), abs=0.1)
+
+
+@pytest.mark.parametrize(("end", "factor"), [(LOW, 0.5), (HIGH, 1.5)])
+def test_contrast_is_a_factor_about_mid_grey(end: float, factor: float) -> None:
+    canvas = noise(1, 36)
+    found = view_of(canvas, 32, (*[MIDDLE] * 5, end), contrast=0.5)
+    expected = ((centre(canvas, 32)[0, 0] - 0.5) * factor + 0.5).clamp(0, 1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_views_are_float32_in_the_unit_interval() -> None:
+    augment = Augment(rotation=45, shift=0.5, scale=0.5, mirror=0.5, contrast=1.0)
+    views = augment(noise(16, augment.canvas(32)), torch.arange(16), 32, 0, 0)
+    assert views.dtype == torch.float32
+    assert views.shape == (16, 1, 32, 32)
+    assert views.min() >= 0
+    assert views.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rotation", -1.0),
+        ("rotation", 46.0),
+        ("shift", 0.6),
+        ("scale", 0.51),
+        ("scale", -0.1),
+        ("mirror", 1.1),
+        ("mirror", -0.1),
+        ("contrast", 1.5),
+        ("contrast", math.nan),
+    ],
+)
+def test_a_range_that_makes_no_sense_is_refused(key: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"augment.{key}={value}"):
+        Augment(**{key: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"size": 224, "crop": 256}, "preprocess.crop=256"),
+        ({"size": 64, "crop": 16}, "preprocess.crop=16"),
+        ({"sd": 0.0}, "preprocess.sd=0.0"),
+        ({"sd": -1.0}, "preprocess.sd=-1.0"),
+    ],
+)
+def test_preprocessing_that_makes_no_sense_is_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        Preprocess(**settings)
+
+
+SHAPES = [(256, 256), (300, 420), (421, 300), (97, 1021), (555, 64), (33, 47), (224, 225), (1001, 1000)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("size", "crop"), [(256, 224), (64, 63), (64, 64), (37, 32)])
+@pytest.mark.parametrize("ranges", [{}, CXR, SEED], ids=["none", "cxr", "seed"])
+def test_evaluation_is_torchvisions_resize_and_centre_crop_to_the_pixel(
+    shape: tuple[int, int], size: int, crop: int, ranges: dict[str, float]
+) -> None:
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    canvas = draw_on_canvas(image, size, Augment(**ranges).canvas(crop))
+    theirs = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(crop)])(Image.fromarray(image))
+    found = Preprocess(size, crop).centre(torch.from_numpy(canvas.copy())[None, None])
+    assert torch.equal((found * 255).round().to(torch.uint8)[0, 0], torch.from_numpy(np.array(theirs)))
+    assert torch.equal(found[0], transforms.functional.to_tensor(theirs))
+
+
+def test_normalising_subtracts_the_mean_and_divides_by_the_standard_deviation() -> None:
+    found = Preprocess(mean=0.4, sd=0.2).normalise(torch.tensor([0.4, 0.6, 0.0]))
+    torch.testing.assert_close(found, torch.tensor([0.0, 1.0, -2.0]))

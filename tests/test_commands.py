@@ -1,0 +1,335 @@
+"""Commands as a user starts them: in a subprocess, from another folder, with what they leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from covid_cls.evaluation.summary import summarise
+from covid_cls.labels import TASKS
+from covid_cls.records import read_predictions
+from tests.conftest import ROOT, SMALL, Command
+
+REAL = ROOT.parent / "shared"
+FILES = {
+    "run.json",
+    "run.log",
+    "metrics.json",
+    "history.csv",
+    "predictions-val.csv",
+    "predictions-test.csv",
+    "checkpoints/best.ckpt",
+    "checkpoints/last.ckpt",
+    *(f"figures/{name}.png" for name in ("loss", "accuracy", "confusion-val", "confusion-test", "roc-val", "roc-test")),
+}
+
+
+def cells(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.rglob("run.json"))
+
+
+def record(cell: Path) -> dict:  # type: ignore[type-arg]
+    return json.loads((cell / "run.json").read_text(encoding="utf-8"))
+
+
+def weights(cell: Path) -> dict[str, torch.Tensor]:
+    return torch.load(cell / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def finished(train: Command, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The default cell on small phantoms, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = train(folder, *SMALL, "trainer.max_epochs=3", "task=three_class")
+    assert done.returncode == 0, done.stderr
+    (cell,) = cells(folder / "outputs")
+    return cell, done.stdout
+
+
+def test_a_run_leaves_all_its_files(finished: tuple[Path, str]) -> None:
+    cell, _ = finished
+    assert cell.parent.name == "phantom"
+    assert cell.name.startswith("three_class-resnet18-partial-ce-s0-")
+    present = {path.relative_to(cell).as_posix() for path in cell.rglob("*") if path.is_file()}
+    assert present >= FILES
+    assert any(name.startswith("tensorboard/events") for name in present)
+
+
+def test_a_run_says_where_it_comes_from(finished: tuple[Path, str]) -> None:
+    cell, printed = finished
+    found = record(cell)
+    assert found["status"] == "finished"
+    assert found["weights"]["asked"] == "auto"
+    assert found["weights"]["used"] == "none"
+    assert set(found["digests"]) == {"config", "data", "code"}
+    assert found["config"]["backbone"]["name"] == "resnet18"
+    assert {line["stage"]: line["trainable"] for line in found["freeze"]} == {
+        "stem": 0,
+        "layer1": 0,
+        "layer2": 0,
+        "layer3": 0,
+        "layer4": 8_393_728,
+        "head": 77_403,
+    }
+    assert sum(sum(row.values()) for row in found["data"]["images_per_split_and_class"].values()) == 48
+    # The fallback is said once loudly, and again with the results.
+    assert "RANDOM weights" in printed
+    assert any("RANDOM weights" in note for note in json.loads((cell / "metrics.json").read_text())["notes"])
+    assert "layer4     8,393,728   8,393,728  batch" in printed
+    assert "epoch 3/3" in printed
+    assert "images/s" in printed
+
+
+def test_every_metric_is_a_function_of_the_predictions(finished: tuple[Path, str]) -> None:
+    cell, _ = finished
+    task = TASKS["three_class"]
+    metrics = json.loads((cell / "metrics.json").read_text(encoding="utf-8"))
+    for split in ("val", "test"):
+        table = read_predictions(cell / f"predictions-{split}.csv", task.classes)
+        assert set(table["split"]) == {split}
+        assert metrics[split] == json.loads(json.dumps(summarise(table, task)))
+
+
+def test_the_selected_epoch_is_the_best_on_validation(finished: tuple[Path, str]) -> None:
+    cell, _ = finished
+    history = pd.read_csv(cell / "history.csv")
+    assert list(history["epoch"]) == [1, 2, 3]
+    best = json.loads((cell / "metrics.json").read_text(encoding="utf-8"))["best_epoch"]
+    assert best == int(history.loc[history["loss/val"].idxmin(), "epoch"])
+    assert torch.load(cell / "checkpoints" / "best.ckpt", weights_only=True)["epoch"] + 1 == best
+
+
+def test_tensorboard_holds_scalars_pictures_and_hparams(finished: tuple[Path, str]) -> None:
+    cell, _ = finished
+    events = EventAccumulator(str(cell / "tensorboard"), size_guidance={"images": 0}).Reload()
+    tags = events.Tags()
+    for name in ("loss/train", "loss/val", "auroc/val", "auroc/val/covid", "sensitivity/val/pneumonia", "lr/head"):
+        assert name in tags["scalars"]
+        assert len(events.Scalars(name)) == 3
+    assert "speed/images_per_second" in tags["scalars"]
+    assert set(tags["images"]) == {"images/train_batch", "confusion_matrix/val"}
+    assert "run/text_summary" in tags["tensors"]
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    for word in (b"backbone", b"resnet18", b"strategy", b"partial", b"three_class"):
+        assert word in content
+    history = pd.read_csv(cell / "history.csv")
+    (best,) = events.Scalars("best/auroc_val")
+    assert best.value == pytest.approx(history.loc[history["loss/val"].idxmin(), "auroc/val"], abs=1e-6)
+
+
+def test_the_same_command_again_reports_and_does_not_train(finished: tuple[Path, str], train: Command) -> None:
+    cell, _ = finished
+    before = (cell / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    again = train(cell.parents[2], *SMALL, "trainer.max_epochs=3", "task=three_class")
+    assert again.returncode == 0, again.stderr
+    assert "is finished" in again.stdout
+    assert "macro auroc" in again.stdout
+    assert (cell / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_weights(
+    environment: dict[str, str], train: Command, tmp_path: Path
+) -> None:
+    words = (*SMALL, "trainer.max_epochs=12", "task=three_class", "logger=none")  # long enough to be caught in time
+    assert train(tmp_path, *words, "output_root=whole").returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "covid_cls.train", *words],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "epoch 1/12" in line:
+            break
+    (whole,), (cell,) = cells(tmp_path / "whole"), cells(tmp_path / "outputs")
+    deadline = time.monotonic() + 60
+    while not (cell / "checkpoints" / "last.ckpt").is_file() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "goes on from the last finished epoch" in errors
+    assert record(cell)["status"] == "interrupted"
+
+    resumed = train(tmp_path, *words)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "epoch 1/12" not in resumed.stdout
+    assert record(cell)["status"] == "finished"
+    expected, found = weights(whole), weights(cell)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    for split in ("val", "test"):
+        name = f"predictions-{split}.csv"
+        assert (cell / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_rerun_trains_anew(train: Command, tmp_path: Path) -> None:
+    words = (*SMALL, "trainer=debug", "strategy=fc", "logger=none")
+    assert train(tmp_path, *words).returncode == 0
+    (cell,) = cells(tmp_path)
+    before = (cell / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    again = train(tmp_path, *words, "rerun=true")
+    assert again.returncode == 0, again.stderr
+    assert cells(tmp_path) == [cell]
+    assert (cell / "checkpoints" / "last.ckpt").stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["seeed=3"], "Key 'seeed' is not in struct"),
+        (["backbone=resnet19"], "Available options in 'backbone': resnet18"),
+        (["data=manifest"], "data.path is not set"),
+        (["data=manifest", "data.path=nowhere.csv"], "nowhere.csv: no such file"),
+        (["data=folder", "data.root=nowhere"], "nowhere: no such folder"),
+        (["optimizer.lr=fast"], "optimizer.lr=fast: expected float"),
+        (["loss=weighted_ce", "data.sampler=balanced"], "each of these evens the classes out by itself"),
+        (["loss=focal", "loss.alpha=inverse_frequency", "data.sampler=balanced"], "Keep one"),
+        (["backbone.weights=nowhere.pth", *SMALL], "nowhere.pth: no such file"),
+        (["backbone.weights=imagenet", *SMALL], "resnet18-f37072fd.pth"),
+        (["strategy.freeze_until=layer9", *SMALL], "this backbone has stem, layer1, layer2, layer3, layer4"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_fault_of_the_input_is_one_line_and_exit_code_2(
+    words: list[str], message: str, train: Command, tmp_path: Path
+) -> None:
+    done = train(tmp_path, *words)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert cells(tmp_path) == []
+
+
+def test_a_bad_manifest_is_named_with_its_line_before_training(train: Command, tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("path,label\nmissing.png,covid\n../x.png,normal\n", encoding="utf-8")
+    done = train(tmp_path, "data=manifest", "data.path=m.csv")
+    assert done.returncode == 2
+    assert "line 2: missing.png is missing" in done.stderr
+    assert "line 3: ../x.png leaves the manifest's folder" in done.stderr
+
+
+def test_a_diverging_run_stops_with_exit_code_1_and_says_so(train: Command, tmp_path: Path) -> None:
+    done = train(tmp_path, *SMALL, "optimizer.lr=1e30", "trainer.max_epochs=3", "scheduler=none", "strategy=full")
+    assert done.returncode == 1, done.stdout
+    assert "NonFiniteError" in done.stderr
+    (cell,) = cells(tmp_path)
+    assert record(cell)["status"] == "failed"
+    assert "lower optimizer.lr" in record(cell)["reason"]
+
+
+def test_a_sweep_runs_its_cells_and_goes_on_past_a_fault(train: Command, tmp_path: Path) -> None:
+    done = train(
+        tmp_path,
+        "-m",
+        *SMALL,
+        "trainer.max_epochs=1",
+        "strategy=fc,full",
+        "loss=ce,focal",
+        "head.hidden=null,150",
+        "preprocess.sd=0.2,0.0",
+        "test=false",
+        "name=sweep",
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error: preprocess.sd=0.0: must be above 0") == 8
+    found = cells(tmp_path / "outputs" / "sweep")
+    assert len(found) == 8
+    assert {record(cell)["status"] for cell in found} == {"finished"}
+    assert not list(found[0].glob("predictions-test.csv"))
+
+
+def test_each_recipe_trains(train: Command, tmp_path: Path) -> None:
+    recipes = "seed_part1/fc,seed_part1/partial,seed_part1/full,seed_part2/bce,seed_part2/focal"
+    done = train(tmp_path, "-m", f"experiment={recipes}", *SMALL, "trainer.max_epochs=2")
+    assert done.returncode == 0, done.stderr
+    found = cells(tmp_path)
+    assert [cell.parent.relative_to(tmp_path / "outputs").as_posix() for cell in found] == sorted(recipes.split(","))
+    for cell in found[3:]:
+        overall = json.loads((cell / "metrics.json").read_text(encoding="utf-8"))["val"]["overall"]
+        assert 0 <= overall["label_accuracy"] <= 1
+        assert "covid_f1_at_half" in overall
+
+
+def test_the_grid_sweeps_without_being_asked_twice(train: Command, tmp_path: Path) -> None:
+    words = ("task=binary", "backbone=resnet18", "strategy=fc,partial,full", "seed=0")
+    done = train(tmp_path, "experiment=grid", *words, *SMALL, "trainer.max_epochs=1")
+    assert done.returncode == 0, done.stderr
+    names = [cell.name.rsplit("-", 1)[0] for cell in cells(tmp_path / "outputs" / "grid")]
+    assert names == sorted(
+        f"binary-resnet18-{s}-{loss}-s0" for s in ("fc", "partial", "full") for loss in ("ce", "focal")
+    )
+
+
+def test_two_processes_train_one_network(train: Command, tmp_path: Path) -> None:
+    words = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_epochs=2", "task=three_class")
+    done = train(tmp_path, *[word for word in SMALL if word != "trainer=cpu"], *words)
+    assert done.returncode == 0, done.stderr
+    (cell,) = cells(tmp_path)
+    assert record(cell)["status"] == "finished"
+    table = pd.read_csv(cell / "predictions-test.csv")
+    assert table["image_id"].is_unique
+    assert len(table) == sum(record(cell)["data"]["images_per_split_and_class"]["test"].values())
+
+
+def test_ddp_is_refused_in_a_sweep(train: Command, tmp_path: Path) -> None:
+    done = train(tmp_path, "-m", "trainer=ddp", "seed=0,1")
+    assert done.returncode == 2
+    assert "start cells one by one" in done.stderr
+
+
+def test_help_lists_groups_values_and_examples(train: Command, tmp_path: Path) -> None:
+    done = train(tmp_path, "--help")
+    assert done.returncode == 0
+    for word in ("not a diagnostic device", "experiment=grid", "backbone: resnet18", "strategy: fc, full, partial"):
+        assert word in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_trains_in_bf16(environment: dict[str, str], tmp_path: Path) -> None:
+    env = {**environment, "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
+    words = [*(word for word in SMALL if word != "trainer=cpu"), "trainer=gpu", "trainer.max_epochs=2"]
+    command = [sys.executable, "-m", "covid_cls.train", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    (cell,) = cells(tmp_path)
+    assert record(cell)["device"]["gpu"]
+    assert record(cell)["precision"] == "bf16-mixed"
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not (REAL / "cxr").is_dir(), reason="../shared/cxr is not here")
+class TestRealRadiographs:
+    manifest = f"data.path={REAL}/cxr/darkcovidnet/manifest.csv"
+    partial_weights = f"backbone.weights={REAL}/weights/resnet18_imagenet_partial.pth"
+
+    def test_partial_trains_on_the_partial_weights(self, train: Command, tmp_path: Path) -> None:
+        words = ("task=three_class", "data=manifest", self.manifest, self.partial_weights, "strategy=partial")
+        small = ("data.size=64", "preprocess.crop=64", "trainer.max_epochs=1", "trainer=cpu")
+        done = train(tmp_path, *words, *small)
+        assert done.returncode == 0, done.stderr
+        (cell,) = cells(tmp_path)
+        assert record(cell)["data"]["images"] == 1124
+        assert record(cell)["weights"]["pretrained_stages"] == ["stem", "layer1", "layer2", "layer3"]
+        assert len(record(cell)["weights"]["fresh"]) == 20
+
+    def test_fc_is_refused_for_frozen_tensors_are_missing(self, train: Command, tmp_path: Path) -> None:
+        words = ("task=three_class", "data=manifest", self.manifest, self.partial_weights, "strategy=fc")
+        done = train(tmp_path, *words, "data.size=64", "preprocess.crop=64")
+        assert done.returncode == 2
+        assert "20 tensors of the frozen stages are missing: layer4.0.conv1.weight" in done.stderr
+        assert cells(tmp_path) == []

@@ -1,0 +1,303 @@
+"""A run's folder is named by what decides its numbers, held by one process, and says how far it came."""
+
+import copy
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+import covid_cls
+from covid_cls.errors import InputError
+from covid_cls.records import read_json
+from covid_cls.training.run import cell_name, code_digest, open_run
+from tests.training.small import compose_small
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def settings() -> dict[str, Any]:
+    return compose_small()
+
+
+def folder_of(root: Path, settings: dict[str, Any], data_digest: str = "d") -> Path:
+    with open_run(root, settings, data_digest) as run:
+        return run.folder
+
+
+def changed_at(settings: dict[str, Any], key: str, value: object) -> dict[str, Any]:
+    *sections, last = key.split(".")
+    whole = copy.deepcopy(settings)
+    part = whole
+    for section in sections:
+        part = part[section]
+    part[last] = value
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ((), "binary-resnet18-partial-ce-s0"),
+        (("seed=3", "strategy=full", "backbone=vgg16_bn"), "binary-vgg16_bn-full-ce-s3"),
+        (("task=three_class", "loss=focal"), "three_class-resnet18-partial-focal-s0"),
+        (("task=three_class_multilabel", "loss=weighted_ce"), "three_class_multilabel-resnet18-partial-weighted_ce-s0"),
+        (("strategy.freeze_until=layer2",), "binary-resnet18-until_layer2-ce-s0"),
+        (("loss=weighted_ce", "loss.class_weights=null"), "binary-resnet18-partial-ce-s0"),
+        (("data.folds=5", "data.fold=2"), "binary-resnet18-partial-ce-s0-fold2"),
+    ],
+    ids=str,
+)
+def test_a_cell_is_named_by_its_choices(overrides: tuple[str, ...], name: str, tmp_path: Path) -> None:
+    settings = compose_small(*overrides)
+    assert cell_name(settings) == name
+    folder = folder_of(tmp_path, settings)
+    assert folder.parent == tmp_path
+    assert folder.name.startswith(f"{name}-")
+    assert len(folder.name) == len(name) + 9
+    assert set(folder.name[-8:]) <= set("0123456789abcdef")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 1),
+        ("optimizer.lr", 0.02),
+        ("head.dropout", 0.1),
+        ("loss.name", "focal"),
+        ("augment.rotation", 11.0),
+        ("trainer.max_epochs", 3),
+        ("backbone.weights", "auto"),
+        ("data.batch_size", 7),
+        ("data.sampler", "balanced"),
+        ("data.seed", 5),
+        ("preprocess.mean", 0.5),
+        ("callbacks.early_stopping", None),
+    ],
+)
+def test_what_decides_the_weights_gives_another_folder(
+    settings: dict[str, Any], tmp_path: Path, key: str, value: object
+) -> None:
+    assert folder_of(tmp_path, settings).name != folder_of(tmp_path, changed_at(settings, key, value)).name
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("output_root", "/elsewhere"),
+        ("name", "my_name"),
+        ("rerun", True),
+        ("logger", {"_target_": "pytorch_lightning.loggers.CSVLogger"}),
+        ("data.cache", "/scratch/cache"),
+        ("data.workers", 4),
+        ("data.root", "/other/place"),
+        ("data.path", "/other/place.csv"),
+    ],
+)
+def test_what_decides_no_number_gives_the_same_folder(
+    settings: dict[str, Any], tmp_path: Path, key: str, value: object
+) -> None:
+    assert folder_of(tmp_path, settings) == folder_of(tmp_path, changed_at(settings, key, value))
+
+
+def test_the_order_of_the_settings_does_not_count(settings: dict[str, Any], tmp_path: Path) -> None:
+    assert folder_of(tmp_path, settings) == folder_of(tmp_path, dict(reversed(settings.items())))
+
+
+def test_other_data_give_another_folder(settings: dict[str, Any], tmp_path: Path) -> None:
+    assert folder_of(tmp_path, settings, "d") != folder_of(tmp_path, settings, "e")
+
+
+@pytest.mark.parametrize(
+    ("file", "counts"),
+    [
+        ("labels.py", True),
+        ("models/losses.py", True),
+        ("data/store.py", True),
+        ("training/optim.py", True),
+        ("reporting/figures.py", False),
+        ("evaluation/metrics.py", False),
+        ("train.py", False),
+    ],
+)
+def test_code_that_decides_weights_gives_another_folder(
+    settings: dict[str, Any], tmp_path: Path, file: str, counts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "covid_cls"
+    shutil.copytree(Path(covid_cls.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    before, digest = folder_of(tmp_path, settings), code_digest()
+    monkeypatch.setattr(covid_cls, "__file__", str(package / "__init__.py"))
+    assert code_digest() == digest  # of the content, not of the place
+    with (package / file).open("a") as source:
+        source.write("# another comment\n")
+    assert (folder_of(tmp_path, settings) != before) == counts
+
+
+def test_a_run_that_comes_to_its_end_is_finished(settings: dict[str, Any], tmp_path: Path) -> None:
+    with open_run(tmp_path, settings, "d") as run:
+        assert (run.finished, run.record["status"]) == (False, "new")
+        with run.training():
+            assert read_json(run.folder / "run.json")["status"] == "running"
+            logging.getLogger("covid_cls").warning("said while training")
+        assert run.finished
+    record = read_json(run.folder / "run.json")
+    assert record["status"] == "finished"
+    assert record["cell"] == run.folder.name
+    assert record["config"] == settings
+    assert record["digests"]["data"] == "d"
+    assert set(record["digests"]) == {"config", "data", "code"}
+    assert record["started"] <= record["ended"]
+    assert record["versions"]["torch"]
+    assert "said while training" in (run.folder / "run.log").read_text()
+    with open_run(tmp_path, settings, "d") as again:
+        assert again.finished
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (ValueError("no such thing"), "failed", "ValueError: no such thing"),
+        (InputError("mend the file"), "failed", "InputError: mend the file"),
+        (MemoryError(), "failed", "MemoryError: "),
+        (KeyboardInterrupt(), "interrupted", "KeyboardInterrupt"),
+        (SystemExit(1), "interrupted", "SystemExit"),
+        (SIGTERMException(), "interrupted", "SIGTERMException"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_a_run_that_breaks_off_says_why_and_can_go_on(
+    error: BaseException, status: str, reason: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(type(error)), open_run(tmp_path, settings, "d") as run, run.training():  # noqa: PT012
+        run.note(weights={"used": "none"})
+        raise error
+    record = read_json(run.folder / "run.json")
+    assert (record["status"], record["reason"]) == (status, reason)
+    assert "ended" in record
+    with open_run(tmp_path, settings, "d") as again:
+        assert not again.finished
+        assert again.record["weights"] == {"used": "none"}
+        with again.training():
+            pass
+    assert read_json(run.folder / "run.json")["status"] == "finished"
+
+
+def test_a_finished_run_does_not_keep_the_reason_of_an_earlier_failure(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="first"), open_run(tmp_path, settings, "d") as run, run.training():
+        raise ValueError("first")
+    with open_run(tmp_path, settings, "d") as run, run.training():
+        pass
+    assert "reason" not in read_json(run.folder / "run.json")
+
+
+def test_the_last_checkpoint_is_what_a_run_goes_on_from(settings: dict[str, Any], tmp_path: Path) -> None:
+    with open_run(tmp_path, settings, "d") as run:
+        assert run.last_checkpoint is None
+        (run.folder / "checkpoints").mkdir()
+        (run.folder / "checkpoints" / "last.ckpt").touch()
+        assert run.last_checkpoint == run.folder / "checkpoints" / "last.ckpt"
+
+
+HOLDER = """
+import json, sys
+from pathlib import Path
+from covid_cls.training.run import open_run
+with open_run(Path(sys.argv[1]), json.loads(sys.argv[2]), "d") as run, run.training():
+    print("holding", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_second_process_on_the_same_cell_is_refused_until_the_first_is_gone(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path), json.dumps(settings)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "holding\n"
+        (folder,) = (entry for entry in tmp_path.iterdir() if entry.is_dir())
+        before = (folder / "run.json").read_bytes()
+        for rerun in (False, True):
+            with (
+                pytest.raises(InputError, match="another process") as error,
+                open_run(tmp_path, settings, "d", rerun=rerun),
+            ):
+                pytest.fail("was let in")
+            assert str(folder) in str(error.value)
+        assert (folder / "run.json").read_bytes() == before
+        holder.kill()
+    with open_run(tmp_path, settings, "d") as run:
+        assert run.record["status"] == "running"  # it could not say that it was killed
+        assert not run.finished
+
+
+def test_a_second_opening_in_the_same_process_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    with open_run(tmp_path, settings, "d") as run, run.training():
+        with pytest.raises(InputError, match="another process"), open_run(tmp_path, settings, "d"):
+            pytest.fail("was let in")
+        assert read_json(run.folder / "run.json")["status"] == "running"
+
+
+def test_other_cells_can_be_opened_meanwhile(settings: dict[str, Any], tmp_path: Path) -> None:
+    with open_run(tmp_path, settings, "d") as first, open_run(tmp_path, changed_at(settings, "seed", 1), "d") as second:
+        assert first.folder != second.folder
+
+
+def test_a_run_that_is_refused_before_it_starts_leaves_no_folder(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(InputError), open_run(tmp_path, settings, "d"):
+        raise InputError("weights are missing")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_rerun_or_resume_does_not_remove_what_was_begun(settings: dict[str, Any], tmp_path: Path) -> None:
+    with open_run(tmp_path, settings, "d") as run, run.training():
+        (run.folder / "figures").mkdir()
+    with pytest.raises(InputError), open_run(tmp_path, settings, "d"):
+        raise InputError("weights are missing")
+    assert (run.folder / "figures").is_dir()
+    assert read_json(run.folder / "run.json")["status"] == "finished"
+
+
+def test_rerun_empties_the_folder_and_starts_anew(settings: dict[str, Any], tmp_path: Path) -> None:
+    with open_run(tmp_path, settings, "d") as run, run.training():
+        (run.folder / "checkpoints").mkdir()
+        (run.folder / "checkpoints" / "last.ckpt").touch()
+        (run.folder / "metrics.json").touch()
+        run.note(weights={"used": "imagenet"})
+    with open_run(tmp_path, settings, "d", rerun=True) as again:
+        assert again.folder == run.folder
+        assert {entry.name for entry in again.folder.iterdir()} <= {".lock"}
+        assert again.record["status"] == "new"
+        assert "weights" not in again.record
+        assert again.last_checkpoint is None
+        with again.training():
+            pass
+    assert read_json(run.folder / "run.json")["status"] == "finished"
+
+
+def test_a_process_that_does_not_write_touches_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
+    with open_run(tmp_path, settings, "d") as first, first.training():
+        with open_run(tmp_path, settings, "d", writes=False) as second, second.training():
+            second.note(weights={"used": "none"})
+        assert second.folder == first.folder
+        assert "weights" not in read_json(first.folder / "run.json")
+        assert read_json(first.folder / "run.json")["status"] == "running"
+
+
+def test_a_broken_record_is_refused_by_its_name(settings: dict[str, Any], tmp_path: Path) -> None:
+    with open_run(tmp_path, settings, "d") as run, run.training():
+        pass
+    (run.folder / "run.json").write_text('{"status": ')
+    with pytest.raises(InputError, match=r"run\.json: not valid JSON"), open_run(tmp_path, settings, "d"):
+        pytest.fail("was let in")
+    with FileLock(run.folder / ".lock", timeout=0):
+        pass  # and the lock was let go
