@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from torchvision.transforms import functional
 
 from covid_cls.data.manifest import read_manifest
 from covid_cls.data.readers import read_image
-from covid_cls.data.store import default_cache, draw_on_canvas, hash_files, open_store
+from covid_cls.data.store import default_cache, draw_on_canvas, hash_files, mapped_file, open_store, read_rows
 from covid_cls.errors import InputError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -203,6 +205,7 @@ def test_every_setting_and_the_order_of_the_rows_has_a_store_of_its_own(table: p
     for size, canvas in ((32, 32), (33, 32), (32, 33), (32, 32)):
         open_store(table, hashes, size=size, canvas=canvas, cache=cache)
     assert len(stores(cache)) == 3
+    assert len({name.partition("-")[0] for name in stores(cache)}) == 3
     turned = open_store(table[::-1], hashes[::-1], size=32, canvas=32, cache=cache)
     assert np.array_equal(turned.images, decoded(table, 32, 32)[::-1])
 
@@ -239,6 +242,222 @@ def test_many_images_are_decoded_by_several_processes_to_the_same_store(tmp_path
     good = [k for k in range(len(table)) if k not in store.bad]
     assert np.array_equal(store.images[good], np.tile(decoded(files, 20, 16), (27, 1, 1))[good])
     assert store.images[list(store.bad)].max() == 0
+
+
+def test_the_index_says_what_each_row_is(table: pd.DataFrame, cache: Path) -> None:
+    Path(table.loc[3, "file"]).write_bytes(b"not, an image")
+    table.loc[4, "path"] = 'a "quoted", name.png'
+    hashes = hash_files(table, cache)
+    store = open_store(table, hashes, size=32, canvas=32, cache=cache)
+    (name,) = stores(cache)
+    assert name.endswith(f"-{store.digest}")
+    index = pd.read_csv(cache / "store" / name / "index.csv", dtype=str, keep_default_na=False)
+    assert index.columns.tolist() == ["path", "sha256", "fault"]
+    assert index["path"].tolist() == table["path"].tolist()
+    assert index["sha256"].tolist() == hashes
+    assert index["fault"].tolist() == ["", "", "", store.bad[3], *[""] * 6]
+
+
+def test_a_new_decoder_gets_another_store(
+    table: pd.DataFrame, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A DICOM file that no decoder could read is tried again when one has been installed."""
+    hashes = hash_files(table, cache)
+    first = open_store(table, hashes, size=32, canvas=32, cache=cache)
+    record = tmp_path / "site" / "python_gdcm-99.0.dist-info" / "METADATA"
+    record.parent.mkdir(parents=True)
+    record.write_text("Metadata-Version: 2.1\nName: python-gdcm\nVersion: 99.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    second = open_store(table, hashes, size=32, canvas=32, cache=cache)
+    assert first.digest != second.digest
+    assert len(stores(cache)) == 2
+
+
+# a set that grows
+
+
+def make_unreadable(table: pd.DataFrame) -> None:
+    """Zeros for content, with the size and time of before: who opens one of these files has no image."""
+    for file in table["file"]:
+        rewrite(Path(file), bytes(Path(file).stat().st_size), same_time=True)
+
+
+def grown(table: pd.DataFrame, rows: list[int]) -> pd.DataFrame:
+    return table.loc[rows].reset_index(drop=True)
+
+
+def test_only_what_is_new_is_decoded(table: pd.DataFrame, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    wanted = decoded(table, 32, 32)
+    hashes = hash_files(table, cache)
+    open_store(table[:6], hashes[:6], size=32, canvas=32, cache=cache)
+    make_unreadable(table[:6])
+    order = [9, 0, 7, 5, 3, 8, 1, 2, 6, 4]
+    store = open_store(grown(table, order), [hashes[k] for k in order], size=32, canvas=32, cache=cache)
+    assert np.array_equal(store.images, wanted[order])
+    assert store.bad == {}
+    assert [m for m in caplog.messages if m.startswith("decoding")] == [
+        "decoding 6 of 6 images, 0 known",
+        "decoding 4 of 10 images, 6 known",
+    ]
+
+
+def test_known_images_are_gathered_from_several_stores(table: pd.DataFrame, cache: Path) -> None:
+    wanted = decoded(table, 32, 32)
+    hashes = hash_files(table, cache)
+    for part in (slice(0, 4), slice(3, 7), slice(6, 10)):
+        open_store(table[part], hashes[part], size=32, canvas=32, cache=cache)
+    make_unreadable(table)
+    twice = pd.concat([table, table.assign(path="again/" + table["path"])], ignore_index=True)
+    store = open_store(twice, hashes * 2, size=32, canvas=32, cache=cache)
+    assert np.array_equal(store.images, np.concatenate([wanted, wanted]))
+    assert store.bad == {}
+
+
+def test_a_known_fault_is_kept(table: pd.DataFrame, cache: Path) -> None:
+    Path(table.loc[2, "file"]).write_bytes(b"<html>not found</html>")
+    hashes = hash_files(table, cache)
+    before = open_store(table[:6], hashes[:6], size=32, canvas=32, cache=cache).bad
+    make_unreadable(table[:6])  # would now be "no known image format"
+    after = open_store(table[::-1], hashes[::-1], size=32, canvas=32, cache=cache)
+    assert after.bad == {7: before[2]}
+    assert after.images[7].max() == 0
+
+
+def test_other_settings_know_nothing(table: pd.DataFrame, cache: Path) -> None:
+    hashes = hash_files(table, cache)
+    open_store(table, hashes, size=32, canvas=32, cache=cache)
+    for size, canvas in ((33, 32), (32, 33)):
+        store = open_store(table, hashes, size=size, canvas=canvas, cache=cache)
+        assert np.array_equal(store.images, decoded(table, size, canvas))
+
+
+def test_the_same_bytes_under_another_suffix_are_looked_at_anew(tmp_path: Path, cache: Path) -> None:
+    table = pd.DataFrame({"path": ["a.bin", "b.dcm"], "line": [2, 3], "sha256": ""})
+    table["file"] = [str(tmp_path / name) for name in table["path"]]
+    for file in table["file"]:
+        Path(file).write_bytes(bytes(range(256)))
+    hashes = hash_files(table, cache)
+    alone = open_store(table[:1], hashes[:1], size=32, canvas=32, cache=cache)
+    both = open_store(table, hashes, size=32, canvas=32, cache=cache)
+    assert "no known image format" in alone.bad[0]
+    assert both.bad[0] == alone.bad[0]
+    assert "DICOM" in both.bad[1].partition(";")[0]
+
+
+def lose_rows(folder: Path) -> None:
+    with (folder / "images.npy").open("r+b") as file:
+        file.truncate(128 + 3 * 32 * 32 + 7)
+
+
+DAMAGES = {
+    "no index": lambda folder: (folder / "index.csv").unlink(),
+    "empty index": lambda folder: (folder / "index.csv").write_bytes(b""),
+    "index of something else": lambda folder: (folder / "index.csv").write_bytes(b"a,b\n1,2\n"),
+    "index that is no text": lambda folder: (folder / "index.csv").write_bytes(b"\xff\xfe\0" * 40),
+    "no images": lambda folder: (folder / "images.npy").unlink(),
+    "empty images": lambda folder: (folder / "images.npy").write_bytes(b""),
+    "rows lost": lose_rows,
+    "another shape": lambda folder: np.save(folder / "images.npy", np.ones((2, 1, 1), np.uint8)),
+    "a file in place of the folder": lambda folder: (shutil.rmtree(folder), folder.write_text("x")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_store_costs_only_time(
+    table: pd.DataFrame, cache: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    hashes = hash_files(table, cache)
+    open_store(table[:6], hashes[:6], size=32, canvas=32, cache=cache)
+    (name,) = stores(cache)
+    DAMAGES[damage](cache / "store" / name)
+    store = open_store(table, hashes, size=32, canvas=32, cache=cache)
+    assert np.array_equal(store.images, decoded(table, 32, 32))
+    assert store.bad == {}
+    assert f"{name}: nothing could be copied" in caplog.text
+
+
+def test_many_known_images_need_no_decoder(tmp_path: Path, cache: Path) -> None:
+    files = image_set(tmp_path / "set", 20, 40, 40)
+    wanted = np.tile(decoded(files, 32, 32), (27, 1, 1))
+    open_store(files, hash_files(files, cache), size=32, canvas=32, cache=cache)
+    table = pd.concat([files] * 27, ignore_index=True)  # 540 rows: above the number that one process decodes
+    table["path"] = [f"{k}.png" for k in range(len(table))]
+    hashes = hash_files(table, cache)
+    make_unreadable(files)
+    assert np.array_equal(open_store(table, hashes, size=32, canvas=32, cache=cache).images, wanted)
+
+
+# rows of large arrays
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((40, 9, 9), "u1"), ((40, 3, 5, 2), "u2"), ((40, 7), "f4"), ((40,), "f8")]
+)
+@pytest.mark.parametrize("rows", [[], [0], [39, 0, 7, 7], list(range(40))], ids=len)
+def test_rows_are_those_of_the_array(tmp_path: Path, shape: tuple[int, ...], dtype: str, rows: list[int]) -> None:
+    array = np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
+    np.save(tmp_path / "c.npy", array)
+    np.save(tmp_path / "f.npy", np.asfortranarray(array))
+    whole = np.load(tmp_path / "c.npy", mmap_mode="r")
+    wanted = array[rows]
+    for source in (array, whole, np.load(tmp_path / "f.npy", mmap_mode="r"), np.asarray(whole)):
+        found = read_rows(source, np.array(rows, dtype=np.int64))
+        assert np.array_equal(found, wanted)
+        assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+        assert found.flags.writeable
+        assert not np.shares_memory(found, source)
+
+
+def test_a_part_of_a_map_is_not_taken_for_the_whole(tmp_path: Path) -> None:
+    array = np.arange(60, dtype=np.uint16).reshape(12, 5)
+    np.save(tmp_path / "a.npy", array)
+    whole = np.load(tmp_path / "a.npy", mmap_mode="r")
+    assert mapped_file(whole) == tmp_path / "a.npy"
+    rows = np.array([2, 0])
+    for part, same in (
+        (whole[3:], array[3:]),
+        (whole[::2], array[::2]),
+        (whole.T, array.T),
+        (whole[:, 1:], array[:, 1:]),
+    ):
+        assert mapped_file(part) is None
+        assert np.array_equal(read_rows(part, rows), same[rows])
+    private = np.load(tmp_path / "a.npy", mmap_mode="c")
+    private[2] = 7  # the file does not have it
+    assert (read_rows(private, rows)[0] == 7).all()
+
+
+def test_rows_survive_the_removal_of_their_file_but_not_its_cutting(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).integers(0, 200, (50, 9), dtype=np.uint8)
+    np.save(tmp_path / "a.npy", array)
+    whole = np.load(tmp_path / "a.npy", mmap_mode="r")
+    rows = np.array([49, 3])
+    (tmp_path / "a.npy").rename(tmp_path / "b.npy")
+    assert np.array_equal(read_rows(whole, rows), array[rows])
+    (tmp_path / "b.npy").rename(tmp_path / "a.npy")
+    os.truncate(tmp_path / "a.npy", 300)
+    with pytest.raises(OSError, match=r"a\.npy: ends before row 49"):
+        read_rows(whole, rows)
+
+
+def mapped_bytes() -> int:
+    """Resident memory of this process that belongs to files."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc")
+def test_a_walk_through_a_large_map_leaves_nothing_resident(tmp_path: Path) -> None:
+    size = 64 * 2**20
+    np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.uint8, (256, size // 256)).flush()
+    whole = np.load(tmp_path / "a.npy", mmap_mode="r")
+    before = mapped_bytes()
+    for start in range(0, 256, 32):
+        read_rows(whole, np.arange(start, start + 32))
+    assert mapped_bytes() - before < size / 8
+    whole[np.arange(256)]  # what the map itself would keep
+    assert mapped_bytes() - before > size / 2
 
 
 def test_a_store_can_be_read_by_others(table: pd.DataFrame, cache: Path) -> None:
@@ -335,7 +554,7 @@ def test_processes_that_ask_at_once_build_once(tmp_path: Path, cache: Path) -> N
     processes = [start_open(table, hashes, cache, 64) for _ in range(3)]
     for process in processes:
         go(process)
-    answers = [process.communicate(timeout=60)[0].strip() for process in processes]
+    answers = [process.communicate(timeout=120)[0].strip() for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert set(answers) == {hashlib.sha256(decoded(table, 64, 64).tobytes()).hexdigest()}
     assert (tmp_path / "log").read_text() == "build\n"
@@ -356,10 +575,12 @@ def group_members(group: int) -> list[int]:
 
 
 def begun(images: Path) -> bool:
-    """Whether the first row is decoded; a file that is still being laid out is shorter than its header says."""
+    """Whether the first row is decoded. The file may be empty, or shorter than its header says: it is read as bytes."""
     try:
-        return bool(np.load(images, "r")[0].any())
-    except (ValueError, OSError):
+        with images.open("rb") as file:
+            file.seek(128)
+            return any(file.read(64 * 64))
+    except FileNotFoundError:
         return False
 
 
@@ -370,7 +591,7 @@ def test_a_killed_build_is_never_trusted(tmp_path: Path, cache: Path, rows: int)
     process = start_open(table, hashes, cache, 64)
     try:
         go(process)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not any(begun(file) for file in (cache / "store").glob("*.tmp*/images.npy")):
             assert time.monotonic() < deadline
             assert process.poll() is None, "the build was over before it could be killed"
@@ -382,20 +603,23 @@ def test_a_killed_build_is_never_trusted(tmp_path: Path, cache: Path, rows: int)
         unfinished = np.load(cache / "store" / scratch / "images.npy", "r")
         assert not unfinished.any(axis=(1, 2)).all()
 
-        small = table[:40]  # what is left of one store does not disturb another
-        open_store(small, hashes[:40], size=64, canvas=64, cache=cache)
+        small = open_store(table[:40], hashes[:40], size=64, canvas=64, cache=cache)
+        four = decoded(table[:4], 64, 64)
+        assert np.array_equal(small.images, np.tile(four, (10, 1, 1)))  # it took nothing from what is unfinished
         if rows == 400:
+            (finished,) = (name for name in stores(cache) if ".tmp" not in name)
+            shutil.rmtree(cache / "store" / finished)
             store = open_store(table, hashes, size=64, canvas=64, cache=cache)
-            assert np.array_equal(store.images, np.tile(decoded(table[:4], 64, 64), (rows // 4, 1, 1)))
+            assert np.array_equal(store.images, np.tile(four, (rows // 4, 1, 1)))
             assert store.bad == {}
             assert not [name for name in stores(cache) if ".tmp" in name]
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30  # a worker that is still importing ends when it is done with that
         while group_members(process.pid) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert group_members(process.pid) == [], "workers outlive the build that started them"
     finally:
-        for member in group_members(process.pid):
-            os.kill(member, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_build_that_fails_leaves_nothing(table: pd.DataFrame, cache: Path) -> None:
