@@ -45,6 +45,12 @@ class Staged(nn.Sequential):
         """The stages that training leaves bit-identical, buffers included."""
         return self.stage_names[: self.frozen]
 
+    @property
+    def entry(self) -> int:
+        """How many leading stages hold nothing that is trained: frozen ones, and a `pool` that follows them."""
+        stages = list(self.children())
+        return next(k for k, stage in enumerate(stages) if any(p.requires_grad for p in stage.parameters()))
+
     def freeze(self, until: str | None) -> None:
         """Freeze every stage up to and including `until`; None frees them all."""
         self.frozen = 0 if until is None else self.stage_names.index(until) + 1

@@ -2,6 +2,7 @@
 
 import math
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -63,13 +64,22 @@ class Augment(nn.Module):
         return crop + 4 * math.ceil(margin / 4)
 
     def forward(self, canvas: Tensor, index: Tensor, crop: int, seed: int, epoch: int) -> Tensor:
-        """Views float32 (N, 1, crop, crop) in [0, 1] of uint8 canvases (N, 1, S, S); outside the canvas is black."""
-        draws = torch.from_numpy(self._uniforms(seed, epoch, index)).to(canvas.device, torch.float32)
+        """Views float32 (N, 1, crop, crop) in [0, 1] of uint8 canvases (N, 1, S, S); outside the canvas is black.
+
+        One bilinear resampling: image by image on a CPU, to the nearest of 256 grey levels (a fifth of the time of a
+        batched grid_sample there), the whole batch at once on a GPU.
+        """
+        draws = torch.from_numpy(self._uniforms(seed, epoch, index)).float()
         matrices = self._matrices(draws, crop, canvas.shape[-1])
-        grid = F.affine_grid(matrices, [len(canvas), 1, crop, crop], align_corners=False)
-        view = F.grid_sample(canvas.float() / 255, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        factor = 1 + self.contrast * (2 * draws[:, 5] - 1)
-        return ((view - 0.5) * factor[:, None, None, None] + 0.5).clamp_(0, 1)
+        if canvas.device.type == "cpu":
+            view = _warp_each(canvas, matrices, crop)
+        else:
+            grid = F.affine_grid(matrices.to(canvas.device), [len(canvas), 1, crop, crop], align_corners=False)
+            view = F.grid_sample(canvas.float() / 255, grid, padding_mode="zeros", align_corners=False)
+        if self.contrast:
+            factor = 1 + self.contrast * (2 * draws[:, 5, None, None, None].to(canvas.device) - 1)
+            view = view.sub_(0.5).mul_(factor).add_(0.5).clamp_(0, 1)
+        return view
 
     def _uniforms(self, seed: int, epoch: int, index: Tensor) -> NDArray[np.float64]:
         """Six numbers in [0, 1) per image; row i of an epoch's table is the same however long the table is."""
@@ -91,6 +101,20 @@ class Augment(nn.Module):
         top = torch.stack((cosine * side, -sine, shift[:, 0]), dim=1)
         bottom = torch.stack((sine * side, cosine, shift[:, 1]), dim=1)
         return torch.stack((top, bottom), dim=1)
+
+
+def _warp_each(canvas: Tensor, matrices: Tensor, crop: int) -> Tensor:
+    """Float32 views (N, 1, crop, crop) in [0, 1] of uint8 canvases by (N, 2, 3) `matrices` between [-1, 1] squares."""
+    side = canvas.shape[-1]
+    # From the pixel numbers of a view to those of its canvas: pixel i of n has its centre at (2 i + 1) / n - 1.
+    turn = matrices[:, :, :2].double().numpy() * (side / crop)
+    middle = side / 2 * (1 + matrices[:, :, 2].double().numpy()) - 0.5
+    shift = middle - turn.sum(axis=2) * (crop - 1) / 2
+    to_pixels = np.concatenate((turn, shift[:, :, None]), axis=2)
+    view = np.empty((len(canvas), 1, crop, crop), np.uint8)
+    for source, matrix, target in zip(canvas[:, 0].numpy(), to_pixels, view[:, 0], strict=True):
+        cv2.warpAffine(source, matrix, (crop, crop), dst=target, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    return torch.from_numpy(view).float().div_(255)
 
 
 class Preprocess(nn.Module):
@@ -115,4 +139,4 @@ class Preprocess(nn.Module):
 
     def normalise(self, view: Tensor) -> Tensor:
         """(view - mean) / sd."""
-        return (view - self.mean) / self.sd
+        return (view - self.mean).div_(self.sd)
