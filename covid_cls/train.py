@@ -1,11 +1,9 @@
 """python -m covid_cls.train: trains one cell of the grid, or with -m all of them."""
 
 import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from covid_cls.command import check_section, plain, recipe, run_command, sweeping
@@ -29,6 +27,7 @@ def train(cfg: DictConfig) -> None:
     from covid_cls.models.losses import check_weighting
     from covid_cls.models.transforms import Augment
     from covid_cls.reporting.results import report_lines
+    from covid_cls.training.features import fixed_views
     from covid_cls.training.run import open_run
     from covid_cls.training.start import SECTIONS
 
@@ -41,7 +40,9 @@ def train(cfg: DictConfig) -> None:
     if sweeping() and settings["trainer"].get("strategy") == "ddp":
         raise InputError("trainer=ddp with -m: jobs of one process would start one another; start cells one by one")
     seed_everything(settings["seed"], workers=True, verbose=False)
-    canvas = Augment(**settings["augment"]).canvas(settings["preprocess"]["crop"])
+    augment = Augment(**settings["augment"])
+    fixed_views(settings["feature_cache"], augment, settings["strategy"])
+    canvas = augment.canvas(settings["preprocess"]["crop"])
     data = Radiographs(TASKS[settings["task"]["name"]], canvas, settings["seed"], **settings["data"])
     root = Path(settings["output_root"]) / str(settings["name"] or recipe() or data.name)
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning hangs the rank on the function
@@ -58,18 +59,21 @@ def train(cfg: DictConfig) -> None:
 
 def train_cell(settings: dict[str, Any], data: "Radiographs", run: "Run") -> None:
     """Fit, predict and report one cell; whatever happens, run.json says how it ended."""
+    from covid_cls.assemble import build_trainer
     from covid_cls.reporting.results import write_results
     from covid_cls.training.callbacks import EpochHistory
     from covid_cls.training.checkpoints import load_classifier
+    from covid_cls.training.features import prediction_features
     from covid_cls.training.predict import predict_split
-    from covid_cls.training.start import start_classifier
+    from covid_cls.training.start import prepare_fit, start_classifier
 
     resume = run.last_checkpoint
     classifier = start_classifier(settings, data, run, download=not sweeping())
     with run.training():
         history = EpochHistory()
-        trainer = build_trainer(settings, run.folder, history)
+        trainer = build_trainer(settings, run.folder, [history])
         run.note(precision=trainer.precision)
+        prepare_fit(classifier, data, trainer, settings)
         try:
             trainer.fit(classifier, data, ckpt_path=str(resume) if resume else None, weights_only=True)
         except SystemExit as stop:  # what Lightning makes of Ctrl-C
@@ -77,36 +81,12 @@ def train_cell(settings: dict[str, Any], data: "Radiographs", run: "Run") -> Non
         if not trainer.is_global_zero:
             return
         best = load_classifier(run.folder / "checkpoints" / "best.ckpt")
-        device = trainer.strategy.root_device
+        best.to(trainer.strategy.root_device)
         splits = ("val", "test") if settings["test"] else ("val",)
-        tables = {split: predict_split(best, data, split, device) for split in splits}
+        cached = settings["feature_cache"] != "off"
+        features = prediction_features(best, data, splits, settings["feature_cache_gb"]) if cached else None
+        tables = {split: predict_split(best, data, split, features) for split in splits}
         write_results(run.folder, tables, best.task, history.rows, trainer.logger, run.record)
-
-
-def build_trainer(settings: dict[str, Any], folder: Path, history: Any) -> Any:
-    """Lightning's Trainer for the settings, with our callbacks, writing below `folder`."""
-    import torch
-
-    from covid_cls.reporting.tensorboard import EpochImages
-    from covid_cls.training.callbacks import FiniteCheck, ImagesBar, quiet_lightning
-    from covid_cls.training.checkpoints import WholeCheckpointIO
-
-    quiet_lightning()
-    bar = sys.stdout.isatty()
-    callbacks = [FiniteCheck(), history, EpochImages(settings["image_every"]), *([ImagesBar()] if bar else [])]
-    for name, section in settings["callbacks"].items():
-        where = {"dirpath": str(folder / "checkpoints")} if name.endswith("checkpoint") else {}
-        callbacks += [instantiate(section, **where)] if section else []
-    gpu = settings["trainer"]["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return instantiate(
-        settings["trainer"],
-        precision=settings["trainer"]["precision"] or ("bf16-mixed" if gpu else "32-true"),
-        callbacks=callbacks,
-        logger=instantiate(settings["logger"], save_dir=str(folder)) if settings["logger"] else False,
-        plugins=[WholeCheckpointIO()],
-        default_root_dir=str(folder),
-        enable_progress_bar=bar,
-    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ LAYERS = (
     {"audits", "training"},
     {"reporting"},
     {"command"},
-    {"train"},
+    {"assemble"},
+    {"speed"},
+    {"train", "benchmark"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FORBIDDEN = {
@@ -76,7 +78,7 @@ def test_layers_keep_to_their_libraries(path: Path) -> None:
 
 def test_only_commands_import_hydra() -> None:
     users = {_home(path) for path in FILES if {"hydra", "omegaconf"} & {n.split(".")[0] for n in _imports(path)}}
-    assert users == {"command", "train"}
+    assert users == {"command", "assemble", "train", "benchmark"}
 
 
 def test_only_training_holds_a_lightning_module() -> None:

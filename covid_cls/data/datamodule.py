@@ -8,10 +8,12 @@ import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from covid_cls.data import phantom
-from covid_cls.data.dataset import EpochBatches, OrderedBatches, RadiographDataset
+from covid_cls.data.dataset import EpochBatches, Features, OrderedBatches, RadiographDataset, on_device
 from covid_cls.data.manifest import SPLITS, read_folder, read_manifest
 from covid_cls.data.splits import assign_splits, check_classes
 from covid_cls.data.store import default_cache, hash_files, open_store
@@ -86,7 +88,9 @@ class Radiographs(pl.LightningDataModule):
         )
         table["sha256"] = hash_files(table, cache_root)
         store = open_store(table, table["sha256"].tolist(), size=size, canvas=canvas, cache=cache_root)
-        self.images = store.images
+        self.images: NDArray[np.uint8] | Tensor = store.images
+        self.store_digest, self.cache = store.digest, cache_root
+        self.features: Features | None = None
         self.quarantined = table.loc[list(store.bad), ["path", "line"]].assign(reason=list(store.bad.values()))
         if store.bad and on_bad_image == "stop":
             raise InputError(_bad_images(self.quarantined))
@@ -127,28 +131,41 @@ class Radiographs(pl.LightningDataModule):
             "notes": notes,
         }
 
-    def dataset(self, split: str) -> RadiographDataset:
-        """The images of one split, in the order of `table`."""
+    def keep_on(self, device: torch.device) -> None:
+        """Serve images from the memory of `device` from now on, if it is a GPU and they fit."""
+        if not isinstance(self.images, Tensor):
+            self.images = on_device(self.images, device)
+
+    def dataset(self, split: str, features: Features | None = None) -> RadiographDataset:
+        """The images of one split, in the order of `table`; or what a network made of them."""
         part = self.table[self.table["split"] == split]
         index = {name: k for k, name in enumerate(self.task.classes)}
         labels = np.array([index[name] for name in part["label"]], dtype=np.int64)
-        return RadiographDataset(self.images, part.index.to_numpy(dtype=np.int64), labels)
+        rows = part.index.to_numpy(dtype=np.int64)
+        if features is None:
+            return RadiographDataset([self.images], rows, labels)
+        return RadiographDataset(
+            features.train if split == "train" else [features.centre], rows, labels, features.stage
+        )
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled training batches."""
+        """Shuffled training batches: images, or `features` where these are set."""
         rank, world = self._rank()
-        dataset = self.dataset("train")
-        batches = EpochBatches(dataset.labels, self.batch_size, self.order_seed, self.sampler, rank, world)
+        dataset = self.dataset("train", self.features)
+        views = len(dataset.views)
+        batches = EpochBatches(dataset.labels, self.batch_size, self.order_seed, self.sampler, rank, world, views)
         batches.set_epoch(self._next_epoch)
         return self._loader(dataset, batches)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Validation batches, in order."""
-        return self.ordered_loader("val", *self._rank())
+        """Validation batches, in order: images, or `features` where these are set."""
+        return self.ordered_loader("val", *self._rank(), features=self.features)
 
-    def ordered_loader(self, split: str, rank: int = 0, world: int = 1) -> DataLoader[Batch]:
-        """Every image of `split` once, in the order of `table`."""
-        dataset = self.dataset(split)
+    def ordered_loader(
+        self, split: str, rank: int = 0, world: int = 1, features: Features | None = None
+    ) -> DataLoader[Batch]:
+        """Every image of `split` once, or its features, in the order of `table`."""
+        dataset = self.dataset(split, features)
         return self._loader(dataset, OrderedBatches(len(dataset), self.batch_size, rank, world))
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,14 +184,17 @@ class Radiographs(pl.LightningDataModule):
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _loader(self, dataset: RadiographDataset, batches: "EpochBatches | OrderedBatches") -> DataLoader[Batch]:
+    def _loader(self, dataset: RadiographDataset, batches: EpochBatches | OrderedBatches) -> DataLoader[Batch]:
+        # Only images on disk gain from other processes, and only they can be copied to a GPU while it works.
+        on_disk = not isinstance(dataset.views[0], Tensor)
+        workers = self.workers if on_disk and dataset.stage == 0 else 0
         return DataLoader(
             dataset,
             sampler=batches,  # yields whole batches, so the loader itself must not batch
             batch_size=None,
-            num_workers=self.workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.workers > 0,
+            num_workers=workers,
+            pin_memory=on_disk and torch.cuda.is_available(),
+            persistent_workers=workers > 0,
             generator=torch.Generator(),  # starting a loader then draws nothing from the global generator
         )
 

@@ -1,41 +1,115 @@
 """Whole batches straight from the store, in an order that only seed and epoch decide."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from covid_cls.data.store import mapped_file, read_rows
 from covid_cls.errors import InputError, listed
 from covid_cls.records import Batch
 
 SAMPLERS = ("shuffle", "balanced")
 
 
-class RadiographDataset(Dataset[Batch]):
-    """Some rows of a store with their class indices, read a batch at a time.
+@dataclass(frozen=True)
+class Features:
+    """What the leading `stage` stages of a network made of a store's images; arrays as `RadiographDataset` takes them.
 
-    images: uint8 (M, S, S); rows: which of them, int64 (N,); labels: class index of each row, int64 (N,).
+    train: one array per fixed view of the training images; centre: of the view that evaluation uses.
     """
 
-    def __init__(self, images: NDArray[np.uint8], rows: NDArray[np.int64], labels: NDArray[np.int64]) -> None:
-        self.images, self.rows, self.labels = images, rows, labels
+    stage: int
+    train: Sequence[NDArray[Any] | Tensor]
+    centre: NDArray[Any] | Tensor
+
+
+class RadiographDataset(Dataset[Batch]):
+    """Images of a store, or activations that the network made of them, with their class indices, a batch at a time.
+
+    views: arrays over the rows of a store. One of uint8 (M, S, S) images; or, with `stage` > 0, one or more of the
+    outputs of that stage, channels last: numpy has no bfloat16, so that uint16 stands for its bits. Tensors instead of
+    arrays if they lie on a GPU. rows: which of them, int64 (N,); labels: class index of each, int64 (N,).
+
+    Positions 0 to N - 1 are the first view of each row, N to 2 N - 1 the second, and so on.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[NDArray[Any] | Tensor],
+        rows: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        stage: int = 0,
+    ) -> None:
+        self.views, self.rows, self.labels, self.stage = views, rows, labels, stage
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.views) * len(self.rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes: a memory map goes as its path, or pickle would carry all of its content."""
+        return self.__dict__ | {"views": [mapped_file(v) or v if isinstance(v, np.ndarray) else v for v in self.views]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Map again what was mapped."""
+        views = [np.load(v, mmap_mode="r") if isinstance(v, Path) else v for v in state["views"]]
+        self.__dict__.update(state, views=views)
 
     def __getitem__(self, positions: Sequence[int]) -> Batch:
-        """The `Batch` of these positions: x uint8 (len(positions), 1, S, S), index = rows of the store."""
-        rows = self.rows[positions]
-        x = torch.from_numpy(self.images[rows]).unsqueeze(1)
-        return Batch(x, torch.from_numpy(self.labels[positions]), torch.from_numpy(rows))
+        """The `Batch` of these positions: x uint8 (n, 1, S, S) or features (n, ...), index = rows of the store."""
+        view, place = np.divmod(np.asarray(positions, dtype=np.int64), len(self.rows))
+        rows = self.rows[place]
+        if len(self.views) == 1:
+            x = _take(self.views[0], rows)
+        else:
+            parts = [(np.flatnonzero(view == k), array) for k, array in enumerate(self.views)]
+            back = torch.from_numpy(np.argsort(np.concatenate([where for where, _ in parts])))
+            x = torch.cat([_take(array, rows[where]) for where, array in parts])[back]
+        if self.stage == 0:
+            x = x.unsqueeze(1)
+        elif x.ndim == 4:
+            x = x.permute(0, 3, 1, 2)
+        return Batch(x, torch.from_numpy(self.labels[place]), torch.from_numpy(rows), self.stage)
+
+
+def _take(array: NDArray[Any] | Tensor, rows: NDArray[np.int64]) -> Tensor:
+    if isinstance(array, Tensor):
+        return array[torch.from_numpy(rows).to(array.device)]
+    return as_tensor(read_rows(array, rows))
+
+
+def on_device(array: NDArray[Any], device: torch.device) -> NDArray[Any] | Tensor:
+    """`array` as a tensor on `device` if that is a GPU and at most half of its free memory is filled; else as it is."""
+    if device.type != "cuda" or array.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return array
+    return as_tensor(np.array(array)).to(device)
+
+
+def as_array(features: Tensor) -> NDArray[Any]:
+    """Features (n, C, H, W) or (n, C) as `RadiographDataset` takes them: channels last, uint16 for bfloat16."""
+    if features.ndim == 4:
+        features = features.permute(0, 2, 3, 1)
+    features = features.cpu().contiguous()
+    return np.asarray((features.view(torch.uint16) if features.dtype == torch.bfloat16 else features).numpy())
+
+
+def as_tensor(array: NDArray[Any]) -> Tensor:
+    """The tensor that shares `array`'s memory; uint16 stands for bfloat16."""
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
 
 
 class EpochBatches(Sampler[list[int]]):
     """Training batches as lists of positions, drawn afresh each epoch from (seed, epoch) alone.
 
-    sampler="shuffle": every position once. "balanced": with replacement, each class equally often on average.
+    sampler="shuffle": every position once. "balanced": with replacement, each class equally often on average. With
+    several `views` of each image, an epoch shows one of them, each in its turn; positions as in `RadiographDataset`.
     Across `world` processes each takes its own part, filled up from the front so that all take as many steps. A last
     batch of one image joins the batch before it: batch norm cannot train on one.
     """
@@ -48,11 +122,12 @@ class EpochBatches(Sampler[list[int]]):
         sampler: str = "shuffle",
         rank: int = 0,
         world: int = 1,
+        views: int = 1,
     ) -> None:
         if sampler not in SAMPLERS:
             raise InputError(f"data.sampler={sampler}: unknown; one of {listed(SAMPLERS)}")
         self.labels, self.batch_size, self.seed, self.sampler = labels, batch_size, seed, sampler
-        self.rank, self.world, self.epoch = rank, world, 0
+        self.rank, self.world, self.views, self.epoch = rank, world, views, 0
         self._mine = -(-len(labels) // world)
 
     def set_epoch(self, epoch: int) -> None:
@@ -70,6 +145,7 @@ class EpochBatches(Sampler[list[int]]):
             order = random.choice(len(self.labels), len(self.labels), p=weights / weights.sum())
         else:
             order = random.permutation(len(self.labels))
+        order = order + len(order) * ((order + self.epoch) % self.views)
         mine = np.resize(order, self._mine * self.world)[self.rank :: self.world].tolist()
         for number in range(len(self)):
             last = number == len(self) - 1

@@ -1,5 +1,6 @@
 """The only LightningModule: from uint8 canvases to a loss, and to the numbers of each epoch."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -9,6 +10,7 @@ from torch import Tensor
 from covid_cls.labels import TASKS
 from covid_cls.models.backbones import build_network, freeze_depth
 from covid_cls.models.losses import Criterion, prior_bias, probabilities
+from covid_cls.models.prefix import Prefix
 from covid_cls.models.transforms import Augment, Preprocess
 from covid_cls.records import Batch
 from covid_cls.training.metrics import EpochMetrics
@@ -20,7 +22,8 @@ class Classifier(pl.LightningModule):
 
     Every argument is a plain str, number, bool, None, list or dict, so that a checkpoint alone rebuilds it.
     class_counts: training images per class. pretrained_stages: stages that start from loaded weights; set it after
-    loading and before `fit`, for the optimizer slows only these down.
+    loading and before `fit`, for the optimizer slows only these down. prefix: computes the frozen stages while it is
+    fitted; set after loading, too. run_stages: `net.run`, or a compiled form of it.
     """
 
     def __init__(
@@ -55,6 +58,8 @@ class Classifier(pl.LightningModule):
         self.train_metrics = EpochMetrics(self.task)
         self.val_metrics = EpochMetrics(self.task)
         self.pretrained_stages: tuple[str, ...] = ()
+        self.prefix: Prefix | None = None
+        self.run_stages: Callable[..., Tensor] = self.net.run
         self.seed = seed
 
     @property
@@ -62,10 +67,11 @@ class Classifier(pl.LightningModule):
         """Whether an image can carry several labels, so that each class has a sigmoid of its own."""
         return self.task.multilabel
 
-    def forward(self, canvas: Tensor) -> Tensor:
-        """Logits (N, classes) of uint8 canvases (N, 1, S, S), by the evaluation transform."""
-        logits: Tensor = self.net(self.preprocess.normalise(self.preprocess.centre(canvas)))
-        return logits
+    def forward(self, x: Tensor, stage: int = 0) -> Tensor:
+        """Logits (N, classes) of uint8 canvases (N, 1, S, S), by the evaluation transform; or of stage's output."""
+        if stage == 0:
+            x = self.preprocess.normalise(self.preprocess.centre(x))
+        return self.net.run(x, start=stage)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """The batch on `device`, but for its index: augmentation draws are looked up on the host, without a wait."""
@@ -87,7 +93,7 @@ class Classifier(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The batch's mean loss."""
-        logits = self.net.run(batch.x, start=batch.stage)
+        logits = self._logits(batch)
         loss: Tensor = self.criterion(logits, batch.y)
         self.train_metrics.update(logits.detach(), batch.y, loss.detach())
         return loss
@@ -98,7 +104,7 @@ class Classifier(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The logits of the batch, which is counted in."""
-        logits: Tensor = self.net.run(batch.x, start=batch.stage)
+        logits = self._logits(batch)
         self.val_metrics.update(logits, batch.y, self.criterion(logits, batch.y))
         return logits
 
@@ -111,6 +117,13 @@ class Classifier(pl.LightningModule):
         scalars = self.train_metrics.scalars("train")
         self.train_metrics.reset()
         return scalars
+
+    def _logits(self, batch: Batch) -> Tensor:
+        """Logits (N, classes) of a prepared batch, wherever it enters the network."""
+        x, stage = batch.x, batch.stage
+        if self.prefix is not None and stage == 0:
+            x, stage = self.prefix(x), self.prefix.stop
+        return self.run_stages(x, start=stage)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Float32 probabilities (N, classes); they sum to one unless the task is multi-label."""

@@ -45,9 +45,10 @@ def build_optimizer(
         ]
         if tensors:
             groups.append({"params": tensors, "lr": lr * scale, "name": group})
+    fused = all(tensor.device.type in ("cpu", "cuda") for group in groups for tensor in group["params"])
     if name == "adamw":
-        return AdamW(groups, lr=lr, weight_decay=weight_decay)
-    return SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+        return AdamW(groups, lr=lr, weight_decay=weight_decay, fused=fused)
+    return SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=fused)
 
 
 class RaiseOnPlateau:

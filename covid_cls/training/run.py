@@ -33,7 +33,7 @@ _PACKAGES = (
     "scikit-learn",
 )
 # What decides neither weights nor predictions, or is in the data digest already.
-_NOT_IN_DIGEST = ("output_root", "name", "rerun", "logger")
+_NOT_IN_DIGEST = ("output_root", "name", "rerun", "logger", "feature_cache_gb", "checkpoint_seconds")
 _DATA_NOT_IN_DIGEST = ("path", "root", "cache", "workers")
 
 
@@ -126,12 +126,17 @@ def open_run(
 
 
 def cell_name(settings: dict[str, Any]) -> str:
-    """A readable name of a grid cell: task-backbone-strategy-loss-s<seed>, its fold, and "leaky" where splits are."""
+    """A readable name of a grid cell: task-backbone-strategy-loss-s<seed>, and what sets it apart.
+
+    views<K> where it is trained on K fixed draws, fold<k> in a cross-validation, "leaky" where splits are.
+    """
     strategy = settings["strategy"]
     depth = f"until_{strategy['freeze_until']}" if strategy["freeze_until"] else strategy["name"]
     loss = settings["loss"]
     kind = "weighted_ce" if loss["name"] == "ce" and loss.get("class_weights") is not None else loss["name"]
     parts = [settings["task"]["name"], settings["backbone"]["name"], depth, kind, f"s{settings['seed']}"]
+    if settings["feature_cache"].startswith("views:"):
+        parts.append(settings["feature_cache"].replace(":", ""))
     if settings["data"]["folds"] is not None:
         parts.append(f"fold{settings['data']['fold']}")
     if settings["data"]["group"] == "image":

@@ -5,12 +5,18 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import pytorch_lightning as pl
+import torch
+
 from covid_cls.data.datamodule import Radiographs
 from covid_cls.models.backbones import freeze_report
 from covid_cls.models.losses import Criterion
+from covid_cls.models.prefix import Prefix
 from covid_cls.models.transforms import Augment, Preprocess
 from covid_cls.models.weights import load_pretrained
+from covid_cls.training.checkpoints import read_checkpoint
 from covid_cls.training.classifier import Classifier
+from covid_cls.training.features import feature_note, fixed_views, serve_features
 from covid_cls.training.optim import build_optimizer, build_scheduler
 from covid_cls.training.run import Run
 
@@ -43,14 +49,39 @@ def start_classifier(settings: dict[str, Any], data: Radiographs, run: Run, down
     )
     if run.last_checkpoint:
         weights = run.record["weights"]
+        classifier.load_state_dict(read_checkpoint(run.last_checkpoint)["state_dict"])
     else:
         weights = dataclasses.asdict(load_pretrained(classifier.net, backbone["name"], backbone["weights"], download))
     classifier.pretrained_stages = tuple(weights["pretrained_stages"])
     facts = data.facts()
     notes = [*facts.pop("notes"), *([weights["note"]] if weights["note"] else [])]
+    notes += feature_note(settings["feature_cache"])
     report = freeze_report(classifier.net)
     run.note(weights=weights, freeze=[dataclasses.asdict(line) for line in report], data=facts, notes=notes)
     log.info("%-8s %11s %11s  norm", "stage", "parameters", "trainable")
     for line in report:
         log.info(f"{line.stage:<8} {line.parameters:>11,} {line.trainable:>11,}  {line.norm}")
     return classifier
+
+
+def prepare_fit(classifier: Classifier, data: Radiographs, trainer: pl.Trainer, settings: dict[str, Any]) -> None:
+    """Put everything where, and into the form in which, `trainer` computes it fastest.
+
+    The frozen stages become a `Prefix` of the trainer's precision, whose output is computed once per image if a
+    feature cache is asked for; images that fit lie on the GPU. With `compile`, the frozen stages are compiled, and on a
+    GPU the trained ones too (on a CPU they were slower that way).
+    """
+    device = trainer.strategy.root_device
+    frozen = tuple(f"net.{stage}." for stage in classifier.net.frozen_names)
+    saver: Any = trainer.strategy.checkpoint_io
+    saver.fixed = frozenset(name for name in classifier.state_dict() if name.startswith(frozen))
+    data.keep_on(device)
+    if settings["compile"] and device.type == "cuda":
+        classifier.run_stages = torch.compile(classifier.net.run)
+    if classifier.net.entry == 0:
+        return
+    dtype = torch.bfloat16 if str(trainer.precision).startswith("bf16") else torch.float32
+    classifier.prefix = Prefix(classifier.net, device, dtype, settings["compile"])
+    views = fixed_views(settings["feature_cache"], classifier.augment, settings["strategy"])
+    if views is not None:
+        serve_features(classifier, data, views, settings["feature_cache_gb"])

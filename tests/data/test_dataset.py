@@ -1,10 +1,13 @@
 """Which images make up a batch: each once, in an order that seed and epoch alone decide."""
 
+import pickle
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from covid_cls.data.dataset import EpochBatches, OrderedBatches, RadiographDataset
+from covid_cls.data.dataset import EpochBatches, OrderedBatches, RadiographDataset, as_array
 from covid_cls.errors import InputError
 from covid_cls.records import Batch
 
@@ -141,7 +144,7 @@ def test_a_batch() -> None:
     images = np.arange(10 * 4 * 4, dtype=np.uint8).reshape(10, 4, 4)
     images.setflags(write=False)  # as a store opened for reading
     rows = np.array([2, 3, 5, 9], np.int64)
-    dataset = RadiographDataset(images, rows, np.array([0, 1, 2, 1], np.int64))
+    dataset = RadiographDataset([images], rows, np.array([0, 1, 2, 1], np.int64))
     assert len(dataset) == 4
     batch = dataset[[3, 0, 0]]
     assert isinstance(batch, Batch)
@@ -154,7 +157,7 @@ def test_a_batch() -> None:
 
 def test_a_batch_is_a_copy() -> None:
     images = np.ones((3, 2, 2), np.uint8)
-    dataset = RadiographDataset(images, np.arange(3), np.zeros(3, np.int64))
+    dataset = RadiographDataset([images], np.arange(3), np.zeros(3, np.int64))
     batch = dataset[[0, 1]]
     batch.x.zero_()
     batch.index.add_(1)
@@ -162,3 +165,43 @@ def test_a_batch_is_a_copy() -> None:
     assert images.min() == 1
     assert dataset.rows.tolist() == [0, 1, 2]
     assert dataset.labels.tolist() == [0, 0, 0]
+
+
+def test_several_views_of_an_image_keep_their_places() -> None:
+    rows, labels_ = np.array([2, 0], np.int64), np.array([1, 0], np.int64)
+    views = [np.arange(3 * 4, dtype=np.float32).reshape(3, 4) + 100 * k for k in range(3)]
+    dataset = RadiographDataset(views, rows, labels_, stage=6)
+    assert len(dataset) == 6
+    batch = dataset[[5, 0, 3, 2]]  # third view of row 0, first of row 2, second of row 0, second of row 2
+    assert batch.x[:, 0].tolist() == [200, 8, 100, 108]
+    assert (batch.index.tolist(), batch.y.tolist(), batch.stage) == ([0, 2, 0, 2], [0, 1, 0, 1], 6)
+
+
+def test_features_are_channels_last_on_disk_and_bfloat16_is_kept_to_the_bit() -> None:
+    features = torch.randn(5, 6, 2, 3).to(torch.bfloat16)
+    array = as_array(features)
+    assert (array.dtype, array.shape) == (np.uint16, (5, 2, 3, 6))
+    batch = RadiographDataset([array], np.arange(5), np.zeros(5, np.int64), stage=4)[[3, 1]]
+    assert torch.equal(batch.x, features[[3, 1]])
+    assert batch.x.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("views", [1, 2, 5])
+def test_each_view_has_its_turn(views: int) -> None:
+    batches = EpochBatches(labels(11), 4, seed=0, views=views)
+    shown = [flat(epoch(batches, number)) for number in range(views)]
+    assert all(sorted(position % 11 for position in drawn) == list(range(11)) for drawn in shown)
+    assert sorted(position for drawn in shown for position in drawn) == list(range(11 * views))
+    if views > 1:
+        assert len({position // 11 for position in shown[0]}) > 1  # an epoch mixes views
+
+
+def test_a_mapped_store_reaches_workers_as_its_path(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (40, 64, 64), np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    dataset = RadiographDataset([np.load(tmp_path / "images.npy", "r")], np.arange(40), np.zeros(40, np.int64))
+    carried = pickle.dumps(dataset)
+    assert len(carried) < 5000
+    assert torch.equal(pickle.loads(carried)[[7, 3]].x, dataset[[7, 3]].x)
+    in_memory = RadiographDataset([images], np.arange(40), np.zeros(40, np.int64))
+    assert torch.equal(pickle.loads(pickle.dumps(in_memory))[[7, 3]].x, dataset[[7, 3]].x)

@@ -9,11 +9,11 @@ from hydra import compose, initialize_config_dir
 from pytorch_lightning import Callback
 from torch import Tensor
 
+from covid_cls.assemble import build_trainer
 from covid_cls.command import conf_folder, plain
 from covid_cls.data.datamodule import Radiographs
 from covid_cls.labels import TASKS
 from covid_cls.models.transforms import Augment
-from covid_cls.train import build_trainer
 from covid_cls.training.callbacks import EpochHistory
 from covid_cls.training.classifier import Classifier
 
@@ -62,7 +62,7 @@ def make_trainer(
         settings = {**settings, "callbacks": {}}
         settings["trainer"] = {**settings["trainer"], "enable_checkpointing": False}
     history = EpochHistory()
-    trainer = build_trainer(settings, folder, history)
+    trainer = build_trainer(settings, folder, [history])
     trainer.callbacks += callbacks
     return trainer, history
 
