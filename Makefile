@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help env run test test-fast lint format types check wheel board clean
+.PHONY: help env run test test-fast lint format types check bench wheel board clean
 
 help: ## list these verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ types: env ## mypy, strict
 	$(BIN)/python -m mypy
 
 check: lint types test ## what CI checks
+
+bench: env ## how fast the plain loop and covid_cls train, in turn
+	$(BIN)/python -m covid_cls.benchmark backbone=resnet18 strategy=partial
 
 wheel: env ## build dist/*.whl
 	$(BIN)/python -m build --wheel

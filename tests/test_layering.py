@@ -83,7 +83,7 @@ def test_only_commands_import_hydra() -> None:
 
 def test_only_training_holds_a_lightning_module() -> None:
     holders = {_home(path) for path in FILES if "LightningModule)" in path.read_text(encoding="utf-8")}
-    assert holders == {"training"}
+    assert holders == {"training", "speed"}  # the benchmark compares with a Lightning loop of its own
 
 
 def test_contributing_names_every_layer() -> None:

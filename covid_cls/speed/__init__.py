@@ -1,0 +1,1 @@
+"""What `python -m covid_cls.benchmark` measures."""
