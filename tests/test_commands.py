@@ -135,10 +135,12 @@ def test_the_same_command_again_reports_and_does_not_train(finished: tuple[Path,
     assert (cell / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("more", [[], ["strategy=partial", "feature_cache=views:2"]], ids=["fresh", "cached"])
 def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_weights(
-    environment: dict[str, str], train: Command, tmp_path: Path
+    more: list[str], environment: dict[str, str], train: Command, tmp_path: Path
 ) -> None:
-    words = (*SMALL, "trainer.max_epochs=12", "task=three_class", "logger=none")  # long enough to be caught in time
+    # long enough to be caught in time
+    words = (*SMALL, "trainer.max_epochs=12", "task=three_class", "logger=none", *more)
     assert train(tmp_path, *words, "output_root=whole").returncode == 0
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "covid_cls.train", *words],
@@ -150,12 +152,9 @@ def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_weights(
     )
     assert process.stdout is not None
     for line in process.stdout:
-        if "epoch 1/12" in line:
+        if "epoch 2/12" in line:  # the checkpoint of the first is written, or waits to be
             break
     (whole,), (cell,) = cells(tmp_path / "whole"), cells(tmp_path / "outputs")
-    deadline = time.monotonic() + 60
-    while not (cell / "checkpoints" / "last.ckpt").is_file() and time.monotonic() < deadline:
-        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
@@ -171,6 +170,22 @@ def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_weights(
     for split in ("val", "test"):
         name = f"predictions-{split}.csv"
         assert (cell / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_fixed_draws_are_named_wherever_a_result_stands(train: Command, tmp_path: Path) -> None:
+    words = (*SMALL, "strategy=fc", "feature_cache=views:2", "trainer.max_epochs=2", "backbone.weights=none")
+    done = train(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    (cell,) = cells(tmp_path / "outputs")
+    assert "-views2-" in cell.name
+    note = "trained on 2 fixed draws of each image (feature_cache=views:2)"
+    assert note in done.stdout
+    assert any(note in line for line in record(cell)["notes"])
+    assert any(note in line for line in json.loads((cell / "metrics.json").read_text())["notes"])
+    again = train(tmp_path, *words, "loss=focal")
+    assert again.returncode == 0, again.stderr
+    assert "images computed" in done.stdout
+    assert "images computed" not in again.stdout  # the same frozen stages: their pass is shared
 
 
 def test_rerun_trains_anew(train: Command, tmp_path: Path) -> None:
@@ -197,6 +212,10 @@ def test_rerun_trains_anew(train: Command, tmp_path: Path) -> None:
         (["loss=focal", "loss.alpha=inverse_frequency", "data.sampler=balanced"], "Keep one"),
         (["backbone.weights=nowhere.pth", *SMALL], "nowhere.pth: no such file"),
         (["backbone.weights=imagenet", *SMALL], "resnet18-f37072fd.pth"),
+        (["strategy=fc", "feature_cache=exact"], "set augment=none, or feature_cache=views:K"),
+        (["strategy=fc", "feature_cache=3"], "must be off, exact or views:K"),
+        (["strategy=full", "feature_cache=views:2"], "strategy=full freezes nothing"),
+        (["strategy=fc", "feature_cache=views:2", "feature_cache_gb=1e-6", *SMALL], "feature_cache_gb=1e-06"),
         (["strategy.freeze_until=layer9", *SMALL], "this backbone has stem, layer1, layer2, layer3, layer4"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -75,7 +75,7 @@ class Augment(nn.Module):
             view = _warp_each(canvas, matrices, crop)
         else:
             grid = F.affine_grid(matrices.to(canvas.device), [len(canvas), 1, crop, crop], align_corners=False)
-            view = F.grid_sample(canvas.float() / 255, grid, padding_mode="zeros", align_corners=False)
+            view = F.grid_sample(canvas / 255, grid, padding_mode="zeros", align_corners=False)
         if self.contrast:
             factor = 1 + self.contrast * (2 * draws[:, 5, None, None, None].to(canvas.device) - 1)
             view = view.sub_(0.5).mul_(factor).add_(0.5).clamp_(0, 1)
@@ -114,7 +114,7 @@ def _warp_each(canvas: Tensor, matrices: Tensor, crop: int) -> Tensor:
     view = np.empty((len(canvas), 1, crop, crop), np.uint8)
     for source, matrix, target in zip(canvas[:, 0].numpy(), to_pixels, view[:, 0], strict=True):
         cv2.warpAffine(source, matrix, (crop, crop), dst=target, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
-    return torch.from_numpy(view).float().div_(255)
+    return torch.from_numpy(view) / 255
 
 
 class Preprocess(nn.Module):
@@ -135,8 +135,8 @@ class Preprocess(nn.Module):
     def centre(self, canvas: Tensor) -> Tensor:
         """The centre crop, float32 (N, 1, crop, crop) in [0, 1], of uint8 canvases (N, 1, S, S)."""
         start = (canvas.shape[-1] - self.crop) // 2
-        return canvas[..., start : start + self.crop, start : start + self.crop].float() / 255
+        return canvas[..., start : start + self.crop, start : start + self.crop] / 255
 
     def normalise(self, view: Tensor) -> Tensor:
-        """(view - mean) / sd."""
-        return (view - self.mean).div_(self.sd)
+        """(view - mean) / sd, in place."""
+        return view.sub_(self.mean).div_(self.sd)

@@ -416,3 +416,24 @@ def test_darkcovidnet_end_to_end(cache: Path) -> None:
     assert data.table.groupby("patient_id")["split"].nunique().max() == 1
     assert not len(data.quarantined)
     assert sum(len(batch.y) for split in SPLITS for batch in batches(data, split)) == 1124
+
+
+# on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_images_that_fit_are_served_from_the_gpu(cache: Path) -> None:
+    data, there = phantoms(cache), phantoms(cache)
+    there.keep_on(torch.device("cuda"))
+    for batch, moved in zip(data.ordered_loader("train"), there.ordered_loader("train"), strict=True):
+        assert moved.x.device.type == "cuda"
+        assert torch.equal(moved.x.cpu(), batch.x)
+        assert torch.equal(moved.index, batch.index)
+
+
+def test_on_a_cpu_images_stay_where_they_are(cache: Path) -> None:
+    data = phantoms(cache)
+    images = data.images
+    data.keep_on(torch.device("cpu"))
+    assert data.images is images

@@ -1,6 +1,7 @@
 """The frozen stages as one fast function: the same numbers, folded, and in half precision nearly the same."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -94,3 +95,24 @@ def test_half_precision_stays_near_float32(backbone: str, strategy: str) -> None
     wanted, found = Prefix(built)(images(64, 32)), Prefix(built, dtype=torch.bfloat16)(images(64, 32))
     assert found.dtype == torch.bfloat16
     assert float((found - wanted).norm() / wanted.norm()) < 0.02
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+def test_the_compiled_form_computes_the_same() -> None:
+    built = build_network("vgg11", 3)
+    built.freeze("block1")  # one convolution: compiling takes seconds, not a minute
+    wanted, found = Prefix(built), Prefix(built, compiled=True)
+    assert wanted.stop == 1
+    for n in (4, 3):  # a last batch is smaller
+        torch.testing.assert_close(found(images(n)), wanted(images(n)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_computes_nearly_the_same() -> None:
+    built = network("resnet18", "fc")
+    wanted = Prefix(built)(images())
+    for dtype, share in ((torch.float32, 0.005), (torch.bfloat16, 0.02)):
+        found = Prefix(built, "cuda", dtype)(images().cuda())
+        assert (found.device.type, found.dtype) == ("cuda", dtype)
+        assert float((found.cpu() - wanted).norm() / wanted.norm()) < share

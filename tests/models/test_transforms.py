@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -276,3 +277,33 @@ def test_evaluation_is_torchvisions_resize_and_centre_crop_to_the_pixel(
 def test_normalising_subtracts_the_mean_and_divides_by_the_standard_deviation() -> None:
     found = Preprocess(mean=0.4, sd=0.2).normalise(torch.tensor([0.4, 0.6, 0.0]))
     torch.testing.assert_close(found, torch.tensor([0.0, 1.0, -2.0]))
+
+
+SMOOTH = {"rotation": 20.0, "shift": 0.1, "scale": 0.2, "mirror": 0.5}
+
+
+def smooth(n: int, side: int) -> torch.Tensor:
+    """Canvases without edges, on which two ways to interpolate agree."""
+    coarse = torch.rand(n, 1, 6, 6, generator=torch.Generator().manual_seed(3))
+    return (F.interpolate(coarse, side, mode="bicubic").clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize("crop", [64, 65, 224])
+def test_the_warp_of_a_cpu_is_the_affine_of_a_gpu_to_one_grey_level(crop: int) -> None:
+    augment = Augment(**SMOOTH)
+    canvas, index = smooth(8, augment.canvas(crop)), torch.arange(8)
+    matrices = augment._matrices(torch.from_numpy(augment._uniforms(1, 2, index)).float(), crop, canvas.shape[-1])
+    grid = F.affine_grid(matrices, [8, 1, crop, crop], align_corners=False)
+    wanted = F.grid_sample(canvas.float() / 255, grid, align_corners=False)
+    difference = (augment(canvas, index, crop, 1, 2) - wanted).abs() * 255
+    assert float(difference.max()) < 1.0
+    assert float(difference.mean()) < 0.3  # rounding to whole grey levels alone gives 0.25
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_shows_the_views_of_a_cpu() -> None:
+    augment = Augment(**SMOOTH, contrast=0.2)
+    canvas, index = smooth(8, augment.canvas(64)), torch.arange(8)
+    difference = augment(canvas.cuda(), index, 64, 1, 2).cpu() - augment(canvas, index, 64, 1, 2)
+    assert float(difference.abs().max()) * 255 < 1.5
