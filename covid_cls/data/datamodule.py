@@ -24,6 +24,35 @@ from covid_cls.records import Batch, digest
 log = logging.getLogger(__name__)
 
 
+def find_images(
+    cache: Path,
+    *,
+    kind: str,
+    path: str | None = None,
+    root: str | None = None,
+    images: int = 600,
+    phantom_seed: int = 0,
+    shortcut: str = "none",
+    shortcut_strength: float = 1.0,
+) -> pd.DataFrame:
+    """The table of a data set as `read_manifest` gives it: a "manifest" at `path`, a "folder" at `root`, or "phantom".
+
+    Phantoms (see `build_phantoms`) are drawn into `cache` on first use. Nothing is decoded.
+    """
+    if kind == "phantom":
+        name = f"{images}-{phantom_seed}-{shortcut}-{shortcut_strength}-{phantom.drawing_version()[:8]}"
+        folder = cache / "phantoms" / name
+        log.info("phantoms: %s", folder)
+        return read_manifest(
+            phantom.build_phantoms(
+                folder, images=images, seed=phantom_seed, shortcut=shortcut, shortcut_strength=shortcut_strength
+            )
+        )
+    if kind == "folder":
+        return read_folder(Path(str(root)).expanduser())
+    return read_manifest(Path(str(path)).expanduser())
+
+
 class Radiographs(pl.LightningDataModule):
     """Train, val and test loaders of `Batch`es for one task over phantoms, a folder or a manifest.
 
@@ -70,18 +99,16 @@ class Radiographs(pl.LightningDataModule):
             path or ""
         ).resolve().parent.name
         cache_root = Path(cache).expanduser() if cache else default_cache()
-        if kind == "phantom":
-            version = phantom.drawing_version()[:8]
-            folder = cache_root / "phantoms" / f"{images}-{phantom_seed}-{shortcut}-{shortcut_strength}-{version}"
-            log.info("phantoms: %s", folder)
-            made = phantom.build_phantoms(
-                folder, images=images, seed=phantom_seed, shortcut=shortcut, shortcut_strength=shortcut_strength
-            )
-            table = read_manifest(made)
-        elif kind == "folder":
-            table = read_folder(Path(str(root)).expanduser())
-        else:
-            table = read_manifest(Path(str(path)).expanduser())
+        table = find_images(
+            cache_root,
+            kind=kind,
+            path=path,
+            root=root,
+            images=images,
+            phantom_seed=phantom_seed,
+            shortcut=shortcut,
+            shortcut_strength=shortcut_strength,
+        )
         # Splits are drawn before classes and bad images are set aside: a patient stays where it is in every task.
         table = assign_splits(
             table, seed=seed, group=group, val_share=val_share, test_share=test_share, folds=folds, fold=fold

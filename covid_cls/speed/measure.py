@@ -15,7 +15,7 @@ from covid_cls.speed.ours import cold_fit, run_ours, staged_settings
 from covid_cls.speed.peak import count_flops, dtype_name
 from covid_cls.speed.plain import run_plain
 from covid_cls.speed.plain_lightning import run_plain_lightning
-from covid_cls.speed.staging import find_images, stage_images
+from covid_cls.speed.staging import stage_images, usable_images
 
 log = logging.getLogger(__name__)
 SIDES = ("plain", "ours")
@@ -58,7 +58,7 @@ def measure(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     task = TASKS[settings["task"]["name"]]
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     flops = count_flops(settings)
-    table = find_images(settings["data"], task)
+    table = usable_images(settings["data"], task)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".scratch-") as name:
         scratch = Path(name)

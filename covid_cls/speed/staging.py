@@ -1,5 +1,6 @@
 """One folder of images that both sides of a benchmark read."""
 
+import inspect
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,8 @@ import numpy as np
 import pandas as pd
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from covid_cls.data.manifest import SPLITS, read_folder, read_manifest
-from covid_cls.data.phantom import build_phantoms, drawing_version
+from covid_cls.data.datamodule import find_images
+from covid_cls.data.manifest import SPLITS
 from covid_cls.data.store import default_cache
 from covid_cls.errors import InputError, listed
 from covid_cls.labels import Task
@@ -29,21 +30,15 @@ class Staged:
         return asdict(self)
 
 
-def find_images(data: dict[str, Any], task: Task) -> pd.DataFrame:
+def usable_images(data: dict[str, Any], task: Task) -> pd.DataFrame:
     """Label and file of each image of the task's classes, sorted by path; decodes nothing.
 
-    data: the section of the configuration. InputError as in `read_manifest` and `read_folder`, and where torchvision's
-    ImageFolder, which the plain loop reads with, passes over a file.
+    data: the section of the configuration. InputError as in `find_images`, and where torchvision's ImageFolder, which
+    the plain loop reads with, passes over a file.
     """
-    if data["kind"] == "folder":
-        table = read_folder(Path(data["root"]).expanduser())
-    elif data["kind"] == "manifest":
-        table = read_manifest(Path(data["path"]).expanduser())
-    else:
-        drawn = {key: data[key] for key in ("images", "shortcut", "shortcut_strength")} | {"seed": data["phantom_seed"]}
-        name = f"{data['images']}-{data['phantom_seed']}-{data['shortcut']}-{data['shortcut_strength']}"
-        cache = Path(data["cache"]).expanduser() if data["cache"] else default_cache()
-        table = read_manifest(build_phantoms(cache / "phantoms" / f"{name}-{drawing_version()[:8]}", **drawn))
+    cache = Path(data["cache"]).expanduser() if data["cache"] else default_cache()
+    keys = inspect.signature(find_images).parameters.keys() & data.keys() - {"cache"}
+    table = find_images(cache, **{key: data[key] for key in keys})
     table = table.loc[table["label"].isin(task.classes), ["path", "label", "file"]]
     strange = [path for path in table["path"] if not path.lower().endswith(IMG_EXTENSIONS)]
     if strange:

@@ -10,7 +10,7 @@ from covid_cls.speed.child import Child
 from covid_cls.speed.clock import PARTS, Stopwatch
 from covid_cls.speed.plain import plain_epoch, plain_loader, plain_network
 from covid_cls.speed.plain_lightning import run_plain_lightning
-from covid_cls.speed.staging import find_images, stage_images
+from covid_cls.speed.staging import stage_images, usable_images
 from tests.speed.small import settings, table_settings
 
 
@@ -32,7 +32,7 @@ def test_strategies_train_what_they_say() -> None:
 def test_an_epoch_moves_what_is_trained_and_the_statistics_of_what_is_not(cache: Path, tmp_path: Path) -> None:
     chosen = table_settings(cache, "strategy=partial", "optimizer.lr=0.01")
     task = TASKS["binary"]
-    stage_images(find_images(chosen["data"], task), task, 16, 2, tmp_path)
+    stage_images(usable_images(chosen["data"], task), task, 16, 2, tmp_path)
     torch.manual_seed(0)
     network, loader = plain_network(chosen), plain_loader(chosen, tmp_path)
     images, labels = next(iter(loader))
@@ -54,7 +54,7 @@ def test_an_epoch_moves_what_is_trained_and_the_statistics_of_what_is_not(cache:
 def test_a_lightning_fit_trains_an_epoch_when_it_is_told_to(cache: Path, tmp_path: Path) -> None:
     chosen = table_settings(cache, "strategy=fc")
     task = TASKS["binary"]
-    stage_images(find_images(chosen["data"], task), task, 16, 2, tmp_path)
+    stage_images(usable_images(chosen["data"], task), task, 16, 2, tmp_path)
     with Child(run_plain_lightning, chosen, tmp_path, "cpu") as child:
         assert child.hello == {"precision": "32-true"}
         for word in ("epoch", "profile"):

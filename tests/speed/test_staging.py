@@ -11,7 +11,7 @@ from covid_cls.data.datamodule import Radiographs
 from covid_cls.errors import InputError
 from covid_cls.labels import TASKS
 from covid_cls.speed.ours import staged_settings
-from covid_cls.speed.staging import class_shares, find_images, stage_images
+from covid_cls.speed.staging import class_shares, stage_images, usable_images
 from tests.speed.small import table_settings
 
 TASK = TASKS["three_class"]
@@ -19,7 +19,7 @@ TASK = TASKS["three_class"]
 
 @pytest.fixture(scope="module")
 def table(cache: Path) -> pd.DataFrame:
-    return find_images(table_settings(cache, "task=three_class")["data"], TASK)
+    return usable_images(table_settings(cache, "task=three_class")["data"], TASK)
 
 
 @pytest.mark.parametrize(
@@ -84,11 +84,11 @@ def test_a_file_that_the_plain_loop_passes_over_is_named(tmp_path: Path) -> None
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(InputError, match=r"normal/b\.dcm: the plain loop cannot read"):
-        find_images({"kind": "folder", "root": str(tmp_path)}, TASKS["binary"])
+        usable_images({"kind": "folder", "root": str(tmp_path)}, TASKS["binary"])
 
 
 def test_a_class_without_images_is_named(tmp_path: Path) -> None:
     (tmp_path / "covid").mkdir()
     (tmp_path / "covid" / "a.png").write_bytes(b"")
     with pytest.raises(InputError, match="no image of normal"):
-        find_images({"kind": "folder", "root": str(tmp_path)}, TASKS["binary"])
+        usable_images({"kind": "folder", "root": str(tmp_path)}, TASKS["binary"])
