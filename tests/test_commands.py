@@ -187,6 +187,20 @@ def test_fixed_draws_are_named_wherever_a_result_stands(train: Command, tmp_path
     assert "images computed" not in again.stdout  # the same frozen stages: their pass is shared
 
 
+def test_a_feature_cache_that_is_too_small_says_what_it_needs(train: Command, tmp_path: Path) -> None:
+    words = (*SMALL, "strategy=fc", "feature_cache=views:3", "trainer.max_epochs=1", "seed=5")
+    done = train(tmp_path, *words, "feature_cache_gb=1e-6")
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "feature_cache_gb=1e-06" in line
+    assert "raise feature_cache_gb to" in line
+    (cell,) = cells(tmp_path / "outputs")
+    assert record(cell)["status"] == "failed"
+    again = train(tmp_path, *words)
+    assert again.returncode == 0, again.stderr
+    assert cells(tmp_path / "outputs") == [cell]  # the limit is no part of what a cell is
+
+
 def test_rerun_trains_anew(train: Command, tmp_path: Path) -> None:
     words = (*SMALL, "trainer=debug", "strategy=fc", "logger=none")
     assert train(tmp_path, *words).returncode == 0
@@ -214,7 +228,6 @@ def test_rerun_trains_anew(train: Command, tmp_path: Path) -> None:
         (["strategy=fc", "feature_cache=exact"], "set augment=none, or feature_cache=views:K"),
         (["strategy=fc", "feature_cache=3"], "must be off, exact or views:K"),
         (["strategy=full", "feature_cache=views:2"], "strategy=full freezes nothing"),
-        (["strategy=fc", "feature_cache=views:2", "feature_cache_gb=1e-6", *SMALL], "feature_cache_gb=1e-06"),
         (["strategy.freeze_until=layer9", *SMALL], "this backbone has stem, layer1, layer2, layer3, layer4"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -36,7 +36,7 @@ def usable_images(data: dict[str, Any], task: Task) -> pd.DataFrame:
     data: the section of the configuration. InputError as in `find_images`, and where torchvision's ImageFolder, which
     the plain loop reads with, passes over a file.
     """
-    cache = Path(data["cache"]).expanduser() if data["cache"] else default_cache()
+    cache = Path(data["cache"]).expanduser() if data.get("cache") else default_cache()
     keys = inspect.signature(find_images).parameters.keys() & data.keys() - {"cache"}
     table = find_images(cache, **{key: data[key] for key in keys})
     table = table.loc[table["label"].isin(task.classes), ["path", "label", "file"]]

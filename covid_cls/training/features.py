@@ -46,7 +46,7 @@ def fixed_views(feature_cache: str, augment: Augment, strategy: dict[str, Any]) 
                 "or feature_cache=views:K to train on K fixed draws of each image, which is another augmentation"
             )
         return 0
-    views = re.fullmatch(r"views:([1-9]\d*)", feature_cache)
+    views = re.fullmatch(r"views:([1-9]\d*)", str(feature_cache))  # the command line makes 3 a number
     if not views:
         raise InputError(f"feature_cache={feature_cache}: must be off, exact or views:K with K of at least 1")
     if not augment.random:
