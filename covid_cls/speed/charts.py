@@ -65,8 +65,10 @@ def growth_chart(records: Sequence[dict[str, Any]]) -> Figure:
     ):
         drawn = [(n, value) for n, value in zip(images, values, strict=True) if value is not None]
         axes.plot(*zip(*drawn, strict=True), color=_OURS, linewidth=1.8, marker="o", markersize=4)
-        axes.set_ylim(bottom=0)
-        axes.set_xlim(left=0)
+        axes.set_ylim(0, 1.08 * max(value for _, value in drawn))
+        axes.set_xlim(0, 1.04 * max(images))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_major_formatter("{x:,.6g}")
         axes.set_xlabel("images")
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
