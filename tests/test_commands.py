@@ -113,6 +113,8 @@ def test_tensorboard_holds_scalars_pictures_and_hparams(finished: tuple[Path, st
     for name in ("loss/train", "loss/val", "auroc/val", "auroc/val/covid", "sensitivity/val/pneumonia", "lr/head"):
         assert name in tags["scalars"]
         assert len(events.Scalars(name)) == 3
+    train, val = ([point.step for point in events.Scalars(f"loss/{split}")] for split in ("train", "val"))
+    assert train == val  # or curves that belong together would stand side by side
     assert "speed/images_per_second" in tags["scalars"]
     assert set(tags["images"]) == {"images/train_batch", "confusion_matrix/val"}
     assert "run/text_summary" in tags["tensors"]

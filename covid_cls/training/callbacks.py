@@ -114,7 +114,8 @@ class EpochHistory(Callback):
         }
         numbers = {key: float(value) for key, value in {**trainer.callback_metrics, **extra}.items()}
         for logger in trainer.loggers:  # straight there: Lightning's own way takes 0.7 ms a number
-            logger.log_metrics({key: numbers[key] for key in extra}, trainer.global_step)
+            # At the step where Lightning puts the validation's numbers: the last one taken, counted from zero.
+            logger.log_metrics({key: numbers[key] for key in extra}, trainer.global_step - 1)
         self.rows.append({"epoch": trainer.current_epoch, "seconds": seconds, **numbers})
         log.info(self._line(trainer, numbers))
 
