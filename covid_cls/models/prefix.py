@@ -33,7 +33,8 @@ class Prefix:
         part = nn.Sequential(*copy.deepcopy(list(network.children())[: self.stop])).eval().requires_grad_(False)
         _fold_batch_norms(part)
         part = part.to(self.device, dtype).to(memory_format=torch.channels_last)
-        self._part = torch.compile(part, options={"freezing": True}) if compiled else part
+        self._part = part
+        self._run = torch.compile(part, options={"freezing": True}) if compiled else part
 
     @property
     def digest(self) -> str:
@@ -45,9 +46,15 @@ class Prefix:
         return digest(" ".join(parts))
 
     @torch.no_grad()
+    def example(self, side: int) -> Tensor:
+        """The output for one grey image of `side` x `side`, for its shape; nothing is compiled for it."""
+        features: Tensor = self._part(torch.zeros(1, 1, side, side, device=self.device, dtype=self.dtype))
+        return features
+
+    @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """The output of stage `stop`, of `dtype`, for normalised grey images (N, 1, H, W)."""
-        features: Tensor = self._part(x.to(self.dtype))
+        features: Tensor = self._run(x.to(self.dtype))
         return features
 
 

@@ -26,7 +26,8 @@ def synchronise(device: torch.device) -> None:
 def peak_memory(device: torch.device) -> dict[str, float | None]:
     """The most that this process has held so far, in MB of 1e6 bytes: `host` resident, `device` allocated on a GPU."""
     allocated = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else None
-    return {"host": _resident(), "device": allocated}
+    held = process_memory()["peak_bytes"]
+    return {"host": None if held is None else held / 1e6, "device": allocated}
 
 
 class Stopwatch:
@@ -102,15 +103,18 @@ class Gate(Callback):
             self._done = self.watch.stop()
 
 
-def _resident() -> float | None:
+def process_memory() -> dict[str, int | None]:
+    """Bytes of this process: `peak_bytes` resident so far, `resident_bytes` now, libraries included; or None."""
     status = Path("/proc/self/status")
     if status.is_file():
         # Linux counts in ru_maxrss what the parent held when it started this process.
-        line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024 / 1e6
+        text = status.read_text(encoding="ascii", errors="replace")
+        fields = dict(line.split(":", 1) for line in text.splitlines())
+        names = {"peak_bytes": "VmHWM", "resident_bytes": "VmRSS"}
+        return {key: int(fields[name].split()[0]) * 1024 if name in fields else None for key, name in names.items()}
     try:
         import resource
     except ImportError:  # Windows
-        return None
+        return {"peak_bytes": None, "resident_bytes": None}
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / 1e6 if sys.platform == "darwin" else most * 1024 / 1e6  # bytes there, kibibytes elsewhere
+    return {"peak_bytes": most if sys.platform == "darwin" else most * 1024, "resident_bytes": None}

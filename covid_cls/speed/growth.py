@@ -18,6 +18,7 @@ from covid_cls.data.store import end_with_parent
 from covid_cls.errors import InputError
 from covid_cls.labels import TASKS
 from covid_cls.models.transforms import Augment, Preprocess
+from covid_cls.speed.clock import process_memory
 
 AUGMENT = {"name": "cxr", "rotation": 10.0, "shift": 0.05, "scale": 0.1, "contrast": 0.2}  # conf/augment/cxr.yaml
 _TEMPLATES = 24
@@ -34,7 +35,7 @@ def measure_growth(
     data module stands, from files never seen, with hashing and decoding. reopen_seconds: the same in another process
     once all is known. epoch_seconds: for all training batches, augmented and normalised, with no network.
     images_per_second: training images in that epoch. peak_bytes, resident_bytes: memory of the process that reopened
-    and ran the epoch, at most and at its end, libraries included; None where there is no /proc. Each set lies below
+    and ran the epoch, at most and at its end, libraries included; None where they are not known. Each set lies below
     `folder`, with its store, until it is measured. InputError where it would not fit.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,16 +110,8 @@ def _epoch(manifest: Path, settings: dict[str, Any], crop: int) -> dict[str, Any
         images += len(preprocess.normalise(augment(batch.x, batch.index, crop, 0, 0)))
     epoch = time.perf_counter() - start
     speed = {"reopen_seconds": reopen, "epoch_seconds": epoch, "images_per_second": images / epoch}
-    return speed | _memory()
+    return speed | process_memory()
 
 
 def _radiographs(manifest: Path, settings: dict[str, Any]) -> Radiographs:
     return Radiographs(TASKS["three_class"], order_seed=0, kind="manifest", path=str(manifest), **settings)
-
-
-def _memory() -> dict[str, int | None]:
-    # Not getrusage: a spawned process starts with its parent's peak there.
-    status = Path("/proc/self/status")
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines()) if status.is_file() else {}
-    names = {"peak_bytes": "VmHWM", "resident_bytes": "VmRSS"}
-    return {key: int(fields[name].split()[0]) * 1024 if name in fields else None for key, name in names.items()}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 from rich.progress import track
@@ -73,8 +72,7 @@ class FeatureCache:
 
     def __init__(self, classifier: Classifier, data: Radiographs, prefix: Prefix, limit_gb: float) -> None:
         self.classifier, self.data, self.prefix, self.limit = classifier, data, prefix, limit_gb * 1e9
-        crop = classifier.preprocess.crop
-        one = as_array(prefix(torch.zeros(1, 1, crop, crop, device=prefix.device)))
+        one = as_array(prefix.example(classifier.preprocess.crop))
         self.shape, self.dtype, self.bytes_each = one.shape[1:], one.dtype, one.nbytes
         self.root = data.cache / "features"
         hparams: Any = classifier.hparams
@@ -97,7 +95,7 @@ class FeatureCache:
         """
         rows = self.data.table.index[self.data.table["split"].isin(splits)].to_numpy(dtype=np.int64)
         folders = [self._folder(draw) for draw in draws]
-        missing = sum(int((~_known(folder, rows)).sum()) for folder in folders)
+        missing = sum(int((~self._known(folder)[rows]).sum()) for folder in folders)
         self._check_room(missing)
         return [self._view(folder, draw, rows) for folder, draw in zip(folders, draws, strict=True)]
 
@@ -109,6 +107,13 @@ class FeatureCache:
         if not (folder / "about.json").is_file():
             write_json(folder / "about.json", about)
         return folder
+
+    def _known(self, folder: Path) -> NDArray[np.bool_]:
+        """Which rows of the store are computed."""
+        path = folder / "known.npy"
+        if path.is_file() and (folder / "features.npy").is_file():
+            return np.asarray(np.load(path))
+        return np.zeros(len(self.data.images), dtype=bool)
 
     def _check_room(self, missing: int) -> None:
         need = missing * self.bytes_each
@@ -128,7 +133,8 @@ class FeatureCache:
     def _view(self, folder: Path, draw: int | None, rows: NDArray[np.int64]) -> NDArray[Any]:
         path = folder / "features.npy"
         with FileLock(folder / ".lock"):
-            todo = rows[~_known(folder, rows)]
+            known = self._known(folder)
+            todo = rows[~known[rows]]
             if not path.is_file():
                 (folder / "known.npy").unlink(missing_ok=True)
                 images = len(self.data.images)
@@ -137,13 +143,13 @@ class FeatureCache:
                     np.lib.format.write_array_header_1_0(file, header)
                     file.truncate(file.tell() + images * self.bytes_each)  # takes room only where rows are written
             if len(todo):
-                self._compute(np.load(path, mmap_mode="r+"), folder, draw, todo)
+                self._compute(folder, draw, todo, known)
         mapped: NDArray[Any] = np.load(path, mmap_mode="r")
         return mapped
 
-    def _compute(self, array: np.memmap[Any, Any], folder: Path, draw: int | None, todo: NDArray[np.int64]) -> None:
+    def _compute(self, folder: Path, draw: int | None, todo: NDArray[np.int64], known: NDArray[np.bool_]) -> None:
+        array: np.memmap[Any, Any] = np.load(folder / "features.npy", mmap_mode="r+")
         starts = range(0, len(todo), _BATCH)
-        known = _known(folder, np.arange(len(array)))
         what = "the centre view" if draw is None else f"draw {draw + 1}"
         for number, start in enumerate(track(starts, f"frozen stages, {what}", transient=True), 1):
             rows = todo[start : start + _BATCH]
@@ -184,10 +190,3 @@ def prediction_features(classifier: Classifier, data: Radiographs, splits: Seque
     prefix = Prefix(classifier.net, classifier.device)
     (centre,) = FeatureCache(classifier, data, prefix, limit_gb).views([None], splits)
     return Features(prefix.stop, [centre], centre)
-
-
-def _known(folder: Path, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-    path = folder / "known.npy"
-    if not (path.is_file() and (folder / "features.npy").is_file()):
-        return np.zeros(len(rows), dtype=bool)
-    return np.asarray(np.load(path)[rows])
