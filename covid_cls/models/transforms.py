@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from covid_cls.errors import InputError
 
 
+VIEWS = ("whole", "border", "centre", "lungs_blurred")
+_FRAME = 3 / 32  # of the side: the six pixels of a 64-pixel thumbnail that the frame probe of audits reads
+
+
 class Augment(nn.Module):
     """Random views of canvases: one affine resampling per image, then contrast.
 
@@ -122,15 +126,24 @@ class Preprocess(nn.Module):
 
     size: the short side in pixels to which images were scaled; crop: the side of the square the network sees;
     mean, sd: of grey levels in [0, 1], one pair for all channels of the pretrained network.
+
+    seen: "whole", or what is left of the view to a network that is to show where scores can come from without the
+    lungs: "border", a frame of 3/32 of the side, inside it black; "centre", all but that frame; "lungs_blurred", two
+    upright ellipses where a frontal radiograph has its lungs, blurred until no opacity can be told.
     """
 
-    def __init__(self, size: int = 256, crop: int = 224, mean: float = 0.449, sd: float = 0.226) -> None:
+    def __init__(
+        self, size: int = 256, crop: int = 224, mean: float = 0.449, sd: float = 0.226, seen: str = "whole"
+    ) -> None:
         super().__init__()
         if not 32 <= crop <= size:
             raise InputError(f"preprocess.crop={crop}: must lie between 32 and data.size={size}")
         if not sd > 0:
             raise InputError(f"preprocess.sd={sd}: must be above 0")
-        self.size, self.crop, self.mean, self.sd = size, crop, mean, sd
+        if seen not in VIEWS:
+            raise InputError(f"preprocess.seen={seen}: must be one of {', '.join(VIEWS)}")
+        self.size, self.crop, self.mean, self.sd, self.seen = size, crop, mean, sd, seen
+        self._shown = _shown(seen, crop)
 
     def centre(self, canvas: Tensor) -> Tensor:
         """The centre crop, float32 (N, 1, crop, crop) in [0, 1], of uint8 canvases (N, 1, S, S)."""
@@ -138,5 +151,31 @@ class Preprocess(nn.Module):
         return canvas[..., start : start + self.crop, start : start + self.crop] / 255
 
     def normalise(self, view: Tensor) -> Tensor:
-        """(view - mean) / sd, in place."""
+        """(view - mean) / sd, in place, of what is `seen` of a view in [0, 1]."""
+        if self._shown is not None:
+            shown = self._shown.to(view.device)
+            instead = _blurred(view) if self.seen == "lungs_blurred" else torch.zeros_like(view)
+            view.copy_(torch.lerp(instead, view, shown))
         return view.sub_(self.mean).div_(self.sd)
+
+
+def _shown(seen: str, crop: int) -> Tensor | None:
+    """(crop, crop) in [0, 1]: how much of each pixel is left as it is; None: all of it."""
+    if seen == "whole":
+        return None
+    across = (2 * torch.arange(crop) + 1) / crop - 1  # pixel centres, from -1 to 1
+    x, y = across[None, :], across[:, None]
+    if seen == "lungs_blurred":
+        inside = [((x - side * 0.42) / 0.36) ** 2 + ((y + 0.05) / 0.72) ** 2 for side in (-1, 1)]
+        return (4 * (torch.minimum(*inside) - 0.9)).clamp(0, 1)
+    border = (torch.maximum(x.abs(), y.abs()) > 1 - 2 * _FRAME).float()
+    return border if seen == "border" else 1 - border
+
+
+def _blurred(view: Tensor) -> Tensor:
+    """Views (N, 1, S, S) smoothed by three moving averages of an eighth of their side: a Gaussian of 0.06 S, nearly."""
+    width = view.shape[-1] // 16 * 2 + 1
+    smooth = view
+    for _ in range(3):
+        smooth = F.avg_pool2d(F.pad(smooth, [width // 2] * 4, mode="replicate"), width, stride=1)
+    return smooth

@@ -19,7 +19,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import covid_cls
 from covid_cls.errors import InputError
-from covid_cls.records import digest, files_digest, read_json, write_json
+from covid_cls.records import LEDGER, digest, files_digest, read_json, write_json
 
 log = logging.getLogger(__name__)
 _PACKAGES = (
@@ -33,7 +33,16 @@ _PACKAGES = (
     "scikit-learn",
 )
 # What decides neither weights nor predictions, or is in the data digest already.
-_NOT_IN_DIGEST = ("output_root", "name", "rerun", "logger", "feature_cache_gb", "checkpoint_seconds")
+_NOT_IN_DIGEST = (
+    "output_root",
+    "name",
+    "rerun",
+    "logger",
+    "feature_cache_gb",
+    "checkpoint_seconds",
+    "audit",
+    "probes",
+)
 _DATA_NOT_IN_DIGEST = ("path", "root", "cache", "workers")
 
 
@@ -112,7 +121,7 @@ def open_run(
         raise InputError(f"{folder}: another process is training this very cell; wait for it or stop it") from error
     try:
         if rerun:
-            _empty(folder)
+            _empty(folder, keep=LEDGER)  # the same test images, however often the network is trained anew
         record_path = folder / "run.json"
         record = read_json(record_path) if record_path.is_file() else {"status": "new"}
         record |= {"cell": folder.name, "config": settings, "digests": digests, "code_version": covid_cls.__version__}
@@ -128,13 +137,16 @@ def open_run(
 def cell_name(settings: dict[str, Any]) -> str:
     """A readable name of a grid cell: task-backbone-strategy-loss-s<seed>, and what sets it apart.
 
-    views<K> where it is trained on K fixed draws, fold<k> in a cross-validation, "leaky" where splits are.
+    what is seen where that is not the whole view, views<K> where it is trained on K fixed draws, fold<k> in a
+    cross-validation, "leaky" where splits are.
     """
     strategy = settings["strategy"]
     depth = f"until_{strategy['freeze_until']}" if strategy["freeze_until"] else strategy["name"]
     loss = settings["loss"]
     kind = "weighted_ce" if loss["name"] == "ce" and loss.get("class_weights") is not None else loss["name"]
     parts = [settings["task"]["name"], settings["backbone"]["name"], depth, kind, f"s{settings['seed']}"]
+    if settings["preprocess"]["seen"] != "whole":
+        parts.append(f"{settings['preprocess']['seen']}_seen")
     if settings["feature_cache"].startswith("views:"):
         parts.append(settings["feature_cache"].replace(":", ""))
     if settings["data"]["folds"] is not None:
@@ -153,11 +165,11 @@ def code_digest() -> str:
     return files_digest(files)
 
 
-def _empty(folder: Path) -> None:
+def _empty(folder: Path, keep: str = "") -> None:
     for entry in folder.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)
-        elif entry.name != ".lock":
+        elif entry.name not in (".lock", keep):
             entry.unlink()
 
 

@@ -85,8 +85,8 @@ def test_the_cell_of_an_option_carries_its_name() -> None:
 def test_seed_protocol_is_the_published_one() -> None:
     part1, part2 = composed("experiment=seed_part1/fc"), composed("experiment=seed_part2/focal")
     assert part1["task"]["name"] == "binary"
-    assert part1["preprocess"] == {"size": 256, "crop": 224, "mean": 0.4905, "sd": 0.2494}
-    assert part2["preprocess"] == {"size": 256, "crop": 224, "mean": 0.4924, "sd": 0.2491}
+    assert part1["preprocess"] == {"size": 256, "crop": 224, "mean": 0.4905, "sd": 0.2494, "seen": "whole"}
+    assert part2["preprocess"] == {"size": 256, "crop": 224, "mean": 0.4924, "sd": 0.2491, "seen": "whole"}
     for settings in (part1, part2):
         assert settings["data"]["batch_size"] == 32
         assert settings["augment"] == {"name": "seed", "rotation": 30.0, "mirror": 0.5}

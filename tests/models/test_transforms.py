@@ -250,6 +250,7 @@ def test_a_range_that_makes_no_sense_is_refused(key: str, value: float) -> None:
         ({"size": 64, "crop": 16}, "preprocess.crop=16"),
         ({"sd": 0.0}, "preprocess.sd=0.0"),
         ({"sd": -1.0}, "preprocess.sd=-1.0"),
+        ({"seen": "lungs"}, "preprocess.seen=lungs: must be one of whole, border"),
     ],
 )
 def test_preprocessing_that_makes_no_sense_is_refused(settings: dict[str, Any], says: str) -> None:
@@ -307,3 +308,26 @@ def test_a_gpu_shows_the_views_of_a_cpu() -> None:
     canvas, index = smooth(8, augment.canvas(64)), torch.arange(8)
     difference = augment(canvas.cuda(), index, 64, 1, 2).cpu() - augment(canvas, index, 64, 1, 2)
     assert float(difference.abs().max()) * 255 < 1.5
+
+
+@pytest.mark.parametrize("crop", [32, 64, 224])
+def test_border_and_centre_share_the_view_between_them(crop: int) -> None:
+    view = torch.rand(3, 1, crop, crop)
+    border, centre = (
+        Preprocess(crop=crop, mean=0.0, sd=1.0, seen=s).normalise(view.clone()) for s in ("border", "centre")
+    )
+    assert torch.equal(border + centre, view)
+    frame = round(crop * 3 / 32)
+    assert not border[..., frame:-frame, frame:-frame].any()
+    assert torch.equal(centre[..., frame:-frame, frame:-frame], view[..., frame:-frame, frame:-frame])
+
+
+def test_blurred_lungs_hide_an_opacity_and_leave_the_outside_as_it_is() -> None:
+    plain = torch.full((1, 1, 224, 224), 0.2)
+    spotted = plain.clone()
+    spotted[..., 100:110, 60:70] = 1.0  # inside the left ellipse
+    seen = [Preprocess(mean=0.0, sd=1.0, seen="lungs_blurred").normalise(view.clone()) for view in (plain, spotted)]
+    assert (seen[1] - seen[0]).abs().max() < 0.08  # of the 0.8 that it stood out
+    corner = torch.rand(1, 1, 224, 224)
+    hidden = Preprocess(mean=0.0, sd=1.0, seen="lungs_blurred").normalise(corner.clone())
+    assert torch.equal(hidden[..., :10, :], corner[..., :10, :])

@@ -52,6 +52,7 @@ def changed_at(settings: dict[str, Any], key: str, value: object) -> dict[str, A
         (("strategy.freeze_until=layer2",), "binary-resnet18-until_layer2-ce-s0"),
         (("loss=weighted_ce", "loss.class_weights=null"), "binary-resnet18-partial-ce-s0"),
         (("data.folds=5", "data.fold=2"), "binary-resnet18-partial-ce-s0-fold2"),
+        (("preprocess.seen=border",), "binary-resnet18-partial-ce-s0-border_seen"),
     ],
     ids=str,
 )
@@ -272,10 +273,11 @@ def test_rerun_empties_the_folder_and_starts_anew(settings: dict[str, Any], tmp_
         (run.folder / "checkpoints").mkdir()
         (run.folder / "checkpoints" / "last.ckpt").touch()
         (run.folder / "metrics.json").touch()
+        (run.folder / "openings.csv").touch()  # the test images stay the same
         run.note(weights={"used": "imagenet"})
     with open_run(tmp_path, settings, "d", rerun=True) as again:
         assert again.folder == run.folder
-        assert {entry.name for entry in again.folder.iterdir()} <= {".lock"}
+        assert {entry.name for entry in again.folder.iterdir()} == {".lock", "openings.csv"}
         assert again.record["status"] == "new"
         assert "weights" not in again.record
         assert again.last_checkpoint is None
