@@ -19,7 +19,7 @@ LAYERS = (
     {"command"},
     {"assemble"},
     {"speed"},
-    {"train", "benchmark"},
+    {"train", "benchmark", "evaluate", "audit", "report"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FORBIDDEN = {
@@ -29,6 +29,7 @@ FORBIDDEN = {
     "evaluation": {"torch", "torchvision", "pytorch_lightning", "torchmetrics", "matplotlib", "hydra", "omegaconf"},
     "models": {"pytorch_lightning", "torchmetrics", "pandas", "matplotlib", "hydra", "omegaconf"},
     "data": {"torchvision", "torchmetrics", "matplotlib", "hydra", "omegaconf"},
+    "audits": {"torch", "matplotlib", "hydra", "omegaconf"},
     "training": {"matplotlib", "hydra", "omegaconf"},
     "reporting": {"hydra", "omegaconf"},
 }
@@ -78,7 +79,7 @@ def test_layers_keep_to_their_libraries(path: Path) -> None:
 
 def test_only_commands_import_hydra() -> None:
     users = {_home(path) for path in FILES if {"hydra", "omegaconf"} & {n.split(".")[0] for n in _imports(path)}}
-    assert users == {"command", "assemble", "train", "benchmark"}
+    assert users == {"command", "assemble", "train", "benchmark", "evaluate", "audit", "report"}
 
 
 def test_only_training_holds_a_lightning_module() -> None:

@@ -1,6 +1,7 @@
 """What a finished run leaves for its readers: predictions, metrics, history, pictures, and a few lines of text."""
 
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ from covid_cls.evaluation.summary import summarise
 from covid_cls.labels import Task
 from covid_cls.records import read_json, read_predictions, whole_file, write_json, write_predictions
 from covid_cls.reporting.figures import confusion_matrix, learning_curves, roc_curves, save_figure
+from covid_cls.reporting.html import DISCLAIMER
 from covid_cls.reporting.tensorboard import write_hparams, write_text
-
-DISCLAIMER = "Research software, not a diagnostic device."
 
 
 def write_results(
@@ -26,16 +26,17 @@ def write_results(
 ) -> None:
     """Write predictions-<split>.csv, metrics.json, history.csv, figures/ and TensorBoard's last entries of a run.
 
-    tables: a predictions table per split; replaced by what was written of it. history: an epoch's numbers per row.
-    record: run.json. Every number of metrics.json is a function of the tables alone.
+    tables: a predictions table per split. history: an epoch's numbers per row. record: run.json. Every number of
+    metrics.json is a function of the validation table alone: the test predictions are written and not read, until
+    `evaluate` or `report` is asked for them.
     """
     for split, table in tables.items():
         write_predictions(table, folder / f"predictions-{split}.csv")
-        # What is reported comes from the file, to the last digit: anyone can compute it again.
-        tables[split] = read_predictions(folder / f"predictions-{split}.csv", task.classes)
-    metrics: dict[str, Any] = {split: summarise(table, task) for split, table in tables.items()}
+    # What is reported comes from the file, to the last digit: anyone can compute it again.
+    val = read_predictions(folder / "predictions-val.csv", task.classes)
     best = min(history, key=lambda row: row.get("loss/val", math.inf))
-    metrics |= {"best_epoch": int(best["epoch"]) + 1, "notes": record["notes"], "disclaimer": DISCLAIMER}
+    metrics = {"val": summarise(val, task), "best_epoch": int(best["epoch"]) + 1}
+    metrics |= {"notes": record["notes"], "disclaimer": DISCLAIMER}
     write_json(folder / "metrics.json", metrics)
     epochs = pd.DataFrame(history)
     epochs["epoch"] += 1
@@ -44,11 +45,9 @@ def write_results(
     for name in ("loss", "accuracy"):
         figure = learning_curves(epochs, name, best_epoch=metrics["best_epoch"])
         save_figure(figure, folder / "figures" / f"{name}.png")
-    for split, table in tables.items():
-        counts = metrics[split]["confusion"]["counts"]
-        figure = confusion_matrix(counts, task.classes, f"{split}, {len(table)} images")
-        save_figure(figure, folder / "figures" / f"confusion-{split}.png")
-        save_figure(roc_curves(table, task), folder / "figures" / f"roc-{split}.png")
+    figure = confusion_matrix(metrics["val"]["confusion"]["counts"], task.classes, f"validation, {len(val)} images")
+    save_figure(figure, folder / "figures" / "confusion-val.png")
+    save_figure(roc_curves(val, task), folder / "figures" / "roc-val.png")
     if isinstance(logger, TensorBoardLogger):
         config = record["config"]
         hparams = {
@@ -69,13 +68,14 @@ def report_lines(folder: Path) -> list[str]:
     if not (folder / "metrics.json").is_file():
         return []
     metrics = read_json(folder / "metrics.json")
+    overall, images = metrics["val"]["overall"], metrics["val"]["n_images"]
+    scores = ", ".join(
+        f"{name.replace('_', ' ')} {overall[name]:.3f}" if overall[name] is not None else f"{name} undefined"
+        for name in ("macro_auroc", "balanced_accuracy", "macro_f1", "accuracy")
+    )
     lines = [f"results in {folder} (epoch {metrics['best_epoch']} was selected on validation)"]
-    for split in ("val", "test"):
-        if split in metrics:
-            overall, images = metrics[split]["overall"], metrics[split]["n_images"]
-            scores = ", ".join(
-                f"{name.replace('_', ' ')} {overall[name]:.3f}" if overall[name] is not None else f"{name} undefined"
-                for name in ("macro_auroc", "balanced_accuracy", "macro_f1", "accuracy")
-            )
-            lines.append(f"{split:>4} ({images} images): {scores}")
+    lines.append(f"validation ({images} images): {scores}")
+    if (folder / "predictions-test.csv").is_file():
+        command = shlex.join(["python", "-m", "covid_cls.evaluate", f"run={folder}"])
+        lines.append(f"the test predictions are unread; this opens them: {command}")
     return [*lines, *(f"note: {note}" for note in metrics["notes"]), DISCLAIMER]
