@@ -16,7 +16,7 @@ from covid_cls.data import phantom
 from covid_cls.data.dataset import EpochBatches, Features, OrderedBatches, RadiographDataset, on_device
 from covid_cls.data.manifest import SPLITS, read_folder, read_manifest
 from covid_cls.data.splits import assign_splits, check_classes
-from covid_cls.data.store import default_cache, hash_files, open_store
+from covid_cls.data.store import Store, default_cache, hash_files, open_store
 from covid_cls.errors import InputError, listed
 from covid_cls.labels import Task
 from covid_cls.records import Batch, digest
@@ -51,6 +51,53 @@ def find_images(
     if kind == "folder":
         return read_folder(Path(str(root)).expanduser())
     return read_manifest(Path(str(path)).expanduser())
+
+
+def set_name(kind: str, path: str | None, root: str | None) -> str:
+    """What results call a data set: its folder's name, or "phantom"."""
+    if kind == "phantom":
+        return kind
+    return Path(root or "").resolve().name if kind == "folder" else Path(path or "").resolve().parent.name
+
+
+def decode_images(
+    table: pd.DataFrame, *, size: int, canvas: int, cache: Path, on_bad_image: str
+) -> tuple[Store, pd.DataFrame, pd.DataFrame]:
+    """The store of `table`'s images, `table` without undecodable ones and with every sha256, and those, quarantined.
+
+    `table` is numbered from 0, and its index stays the image's row in the store. quarantined: path, line, reason.
+    InputError naming the undecodable images where on_bad_image is "stop".
+    """
+    if on_bad_image not in ("stop", "quarantine"):
+        raise InputError(f"data.on_bad_image={on_bad_image}: must be stop or quarantine")
+    table = table.assign(sha256=hash_files(table, cache))
+    store = open_store(table, table["sha256"].tolist(), size=size, canvas=canvas, cache=cache)
+    quarantined = table.loc[list(store.bad), ["path", "line"]].assign(reason=list(store.bad.values()))
+    if store.bad and on_bad_image == "stop":
+        raise InputError(_bad_images(quarantined))
+    return store, table.drop(index=list(store.bad)), quarantined
+
+
+def batch_loader(dataset: RadiographDataset, batches: EpochBatches | OrderedBatches, workers: int) -> DataLoader[Batch]:
+    """A loader of whole batches; `workers` processes where images come from disk, which alone gains from them."""
+    # Only images on disk gain from other processes, and only they can be copied to a GPU while it works.
+    on_disk = not isinstance(dataset.views[0], Tensor)
+    workers = workers if on_disk and dataset.stage == 0 else 0
+    return DataLoader(
+        dataset,
+        sampler=batches,  # yields whole batches, so the loader itself must not batch
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=on_disk and torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+        generator=torch.Generator(),  # starting a loader then draws nothing from the global generator
+    )
+
+
+def class_indices(table: pd.DataFrame, task: Task) -> NDArray[np.int64]:
+    """The class index of each row, (N,), in the task's order."""
+    index = {name: k for k, name in enumerate(task.classes)}
+    return np.array([index[name] for name in table["label"]], dtype=np.int64)
 
 
 class Radiographs(pl.LightningDataModule):
@@ -89,15 +136,11 @@ class Radiographs(pl.LightningDataModule):
         cache: str | None = None,
     ) -> None:
         super().__init__()
-        if on_bad_image not in ("stop", "quarantine"):
-            raise InputError(f"data.on_bad_image={on_bad_image}: must be stop or quarantine")
         if batch_size < 2:
             raise InputError(f"data.batch_size={batch_size}: batch norm needs at least 2")
         self.task, self.group, self.batch_size, self.sampler = task, group, batch_size, sampler
         self.workers, self.order_seed, self._next_epoch = workers, order_seed, 0
-        self.name = {"phantom": "phantom", "folder": Path(root or "").resolve().name}.get(kind) or Path(
-            path or ""
-        ).resolve().parent.name
+        self.name = set_name(kind, path, root)
         cache_root = Path(cache).expanduser() if cache else default_cache()
         table = find_images(
             cache_root,
@@ -113,15 +156,12 @@ class Radiographs(pl.LightningDataModule):
         table = assign_splits(
             table, seed=seed, group=group, val_share=val_share, test_share=test_share, folds=folds, fold=fold
         )
-        table["sha256"] = hash_files(table, cache_root)
-        store = open_store(table, table["sha256"].tolist(), size=size, canvas=canvas, cache=cache_root)
+        store, self.table, self.quarantined = decode_images(
+            table, size=size, canvas=canvas, cache=cache_root, on_bad_image=on_bad_image
+        )
         self.images: NDArray[np.uint8] | Tensor = store.images
         self.store_digest, self.cache = store.digest, cache_root
         self.features: Features | None = None
-        self.quarantined = table.loc[list(store.bad), ["path", "line"]].assign(reason=list(store.bad.values()))
-        if store.bad and on_bad_image == "stop":
-            raise InputError(_bad_images(self.quarantined))
-        self.table = table.drop(index=list(store.bad))
         self.table = self.table[self.table["label"].isin(task.classes)]
         check_classes(self.table, task.classes)
         self.left_out = int((~table["label"].isin(task.classes)).sum())
@@ -166,8 +206,7 @@ class Radiographs(pl.LightningDataModule):
     def dataset(self, split: str, features: Features | None = None) -> RadiographDataset:
         """The images of one split, in the order of `table`; or what a network made of them."""
         part = self.table[self.table["split"] == split]
-        index = {name: k for k, name in enumerate(self.task.classes)}
-        labels = np.array([index[name] for name in part["label"]], dtype=np.int64)
+        labels = class_indices(part, self.task)
         rows = part.index.to_numpy(dtype=np.int64)
         if features is None:
             return RadiographDataset([self.images], rows, labels)
@@ -182,7 +221,7 @@ class Radiographs(pl.LightningDataModule):
         views = len(dataset.views)
         batches = EpochBatches(dataset.labels, self.batch_size, self.order_seed, self.sampler, rank, world, views)
         batches.set_epoch(self._next_epoch)
-        return self._loader(dataset, batches)
+        return batch_loader(dataset, batches, self.workers)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation batches, in order: images, or `features` where these are set."""
@@ -193,7 +232,7 @@ class Radiographs(pl.LightningDataModule):
     ) -> DataLoader[Batch]:
         """Every image of `split` once, or its features, in the order of `table`."""
         dataset = self.dataset(split, features)
-        return self._loader(dataset, OrderedBatches(len(dataset), self.batch_size, rank, world))
+        return batch_loader(dataset, OrderedBatches(len(dataset), self.batch_size, rank, world), self.workers)
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch that a resumed run starts with.
@@ -210,20 +249,6 @@ class Radiographs(pl.LightningDataModule):
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-    def _loader(self, dataset: RadiographDataset, batches: EpochBatches | OrderedBatches) -> DataLoader[Batch]:
-        # Only images on disk gain from other processes, and only they can be copied to a GPU while it works.
-        on_disk = not isinstance(dataset.views[0], Tensor)
-        workers = self.workers if on_disk and dataset.stage == 0 else 0
-        return DataLoader(
-            dataset,
-            sampler=batches,  # yields whole batches, so the loader itself must not batch
-            batch_size=None,
-            num_workers=workers,
-            pin_memory=on_disk and torch.cuda.is_available(),
-            persistent_workers=workers > 0,
-            generator=torch.Generator(),  # starting a loader then draws nothing from the global generator
-        )
 
 
 def _bad_images(bad: pd.DataFrame) -> str:

@@ -35,53 +35,57 @@ def summarise(table: pd.DataFrame, task: Task) -> dict[str, Any]:
             "counts": confusion(truth, decided, len(classes)).tolist(),
         },
     }
-    plain: dict[str, Any] = _without_nan(record)
+    plain: dict[str, Any] = without_nan(record)
     return plain
 
 
-def truth_and_prob(table: pd.DataFrame, task: Task) -> tuple[Indices, Floats]:
+def truth_and_prob(table: pd.DataFrame, task: Task, name: str = "predictions") -> tuple[Indices, Floats]:
     """Class indices (N,) and probabilities (N, K) in the task's order, from a table found sound.
 
-    InputError names the fault, the lines of the CSV file (the header is line 1) and the remedy: missing columns, no
-    rows, an image scored twice, an unknown label, a score that is no finite number, a probability outside [0, 1],
-    or, for a softmax, a row whose probabilities do not sum to 1 within 1e-3.
+    name: of the table in messages, best its file. InputError names the fault, the lines of the CSV file (the header is
+    line 1) and the remedy: missing columns, no rows, an image scored twice, an unknown label, a score that is no
+    finite number, a probability outside [0, 1], or, for a softmax, a row whose probabilities do not sum to 1 within
+    1e-3.
     """
-    missing = [name for name in prediction_columns(task.classes) if name not in table.columns]
+    missing = [column for column in prediction_columns(task.classes) if column not in table.columns]
     if missing:
-        raise InputError(f"predictions: columns {missing} are missing; task {task.name} needs them")
+        raise InputError(f"{name}: columns {missing} are missing; task {task.name} needs them")
     if table.empty:
-        raise InputError("predictions: the table has no rows; score at least one image")
-    _refuse(
-        table["image_id"], table["image_id"].duplicated(), "an earlier line has it already; keep one line per image"
-    )
-    _refuse(table["label"], ~table["label"].isin(task.classes), f"task {task.name} knows {', '.join(task.classes)}")
-    for name in task.classes:
-        _finite(table[f"logit_{name}"])
-    prob = np.column_stack([_finite(table[f"prob_{name}"]) for name in task.classes])
-    for k, name in enumerate(task.classes):
-        outside = (prob[:, k] < 0) | (prob[:, k] > 1)
-        _refuse(table[f"prob_{name}"], outside, "a probability lies in [0, 1]; is this a logit?")
+        raise InputError(f"{name}: the table has no rows; score at least one image")
+    ids, labels = table["image_id"], table["label"]
+    _refuse(name, ids, ids.duplicated(), "an earlier line has it already; keep one line per image")
+    _refuse(name, labels, ~labels.isin(task.classes), f"task {task.name} knows {', '.join(task.classes)}")
+    for label in task.classes:
+        _finite(name, table[f"logit_{label}"])
+    prob = np.column_stack([_finite(name, table[f"prob_{label}"]) for label in task.classes])
+    for label, column in zip(task.classes, prob.T, strict=True):
+        outside = (column < 0) | (column > 1)
+        _refuse(name, table[f"prob_{label}"], outside, "a probability lies in [0, 1]; is this a logit?")
     if not task.multilabel:
         total = pd.Series(prob.sum(axis=1).round(6), name="sum of probabilities")
-        _refuse(total, np.abs(total - 1) > 1e-3, f"it is 1 in task {task.name}; are these another task's predictions?")
+        remedy = f"it is 1 in task {task.name}; are these another task's predictions?"
+        _refuse(name, total, np.abs(total - 1) > 1e-3, remedy)
     index = {name: k for k, name in enumerate(task.classes)}
     return np.array([index[label] for label in table["label"]], dtype=np.int64), prob
 
 
-def _finite(column: pd.Series) -> Floats:
+def without_nan(value: Any) -> Any:
+    """`value`, plain dicts and lists, with None for each float that is nan: what JSON can hold."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _finite(name: str, column: pd.Series) -> Floats:
     numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=math.nan)
-    _refuse(column, ~np.isfinite(numbers), "every score is a finite number; check the model that wrote them")
+    _refuse(name, column, ~np.isfinite(numbers), "every score is a finite number; check the model that wrote them")
     return numbers
 
 
-def _refuse(column: pd.Series, bad: npt.ArrayLike, remedy: str) -> None:
+def _refuse(name: str, column: pd.Series, bad: npt.ArrayLike, remedy: str) -> None:
     rows = np.flatnonzero(np.asarray(bad, dtype=bool))
     if len(rows):
         lines = [f"{value!r} on line {row + 2}" for row, value in zip(rows, column.iloc[rows].tolist(), strict=True)]
-        raise InputError(f"predictions, {column.name}: {listed(lines, 5)}; {remedy}")
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
+        raise InputError(f"{name}, {column.name}: {listed(lines, 5)}; {remedy}")

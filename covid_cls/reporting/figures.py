@@ -35,7 +35,7 @@ def learning_curves(history: pd.DataFrame, metric: str, *, best_epoch: int | Non
     nothing was logged; a curve joins the finite values. best_epoch: the epoch whose weights were selected, marked by
     a vertical line.
     """
-    figure, axes = _canvas(6.4, 4.0)
+    figure, axes = canvas(6.4, 4.0)
     for split, colour in _SPLIT_COLOURS.items():
         values = history.get(f"{metric}/{split}")
         if values is None:
@@ -72,7 +72,7 @@ def confusion_matrix(counts: npt.ArrayLike, classes: Sequence[str], title: str) 
     totals = cells.sum(axis=1, keepdims=True)
     shares = cells / np.maximum(totals, 1)
     size = 1.9 + 1.15 * len(classes)
-    figure, axes = _canvas(size + 0.5, size)
+    figure, axes = canvas(size + 0.5, size)
     axes.imshow(shares, cmap=_SHARES, vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(cells):
         share = f"{shares[row, column]:.1%}" if totals[row, 0] else "–"
@@ -96,7 +96,7 @@ def roc_curves(table: pd.DataFrame, task: Task) -> Figure:
     truth, prob = truth_and_prob(table, task)
     scores = class_scores(truth, prob, decide(prob, task), task)
     points = roc_points(truth, prob, task)
-    figure, axes = _canvas(5.2, 5.2)
+    figure, axes = canvas(5.2, 5.2)
     axes.plot([0, 1], [0, 1], color=_QUIET, linewidth=0.8, linestyle=(0, (4, 3)), label="chance, AUROC 0.5")
     for name in task.classes:
         shown = f"{name} (with covid)" if task.multilabel and name == "pneumonia" else name
@@ -118,7 +118,8 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(file, format="png", dpi=150)
 
 
-def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty figure of `width` x `height` inches in the house's style."""
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12), facecolor="white")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)

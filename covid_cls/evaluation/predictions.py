@@ -1,0 +1,124 @@
+"""Predictions from any hand: a CSV with as little as image_id, label and prob_<class>, and a finished run's folder."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.special import expit, softmax
+
+from covid_cls.errors import InputError, listed
+from covid_cls.evaluation.metrics import Floats
+from covid_cls.evaluation.summary import truth_and_prob
+from covid_cls.labels import CLASSES, TASKS, Task, canonical
+from covid_cls.records import ID_COLUMNS, prediction_columns, read_json
+
+_SMALLEST = 1e-12  # a probability of 0 has no logarithm
+
+
+class Predictions(NamedTuple):
+    """A sound table of `task` with every column of `records.prediction_columns`, and notes on what it lacked."""
+
+    table: pd.DataFrame
+    task: Task
+    notes: list[str]
+
+
+def read_scores(path: Path, task: Task | None = None) -> Predictions:
+    """The predictions in a CSV with image_id, label and a prob_<class> per class; other columns are optional.
+
+    Labels go by their aliases. task: deduced where it is None. A patient_id, source, split or fold that is not there
+    is "". Logits that are not there, or do not give the probabilities, are made of these: their logarithms for a
+    softmax, which differ from the logits by the same number in each class, and their log odds for sigmoids. InputError
+    as in `truth_and_prob`, beginning with `path`; also where it is no CSV.
+    """
+    table = _text_table(path)
+    task = task or _task_of(table, path)
+    missing = [name for name in ("image_id", "label", *_columns("prob", task)) if name not in table.columns]
+    if missing:
+        raise InputError(f"{path}: columns {missing} are missing on line 1; task {task.name} needs them")
+    table["label"] = [canonical(label) or label for label in table["label"]]
+    for name in ID_COLUMNS:
+        if name not in table.columns:
+            table[name] = ""
+    given = set(_columns("logit", task)) <= set(table.columns)
+    if not given:
+        table = table.assign(**dict.fromkeys(_columns("logit", task), "0"))
+    table = table[prediction_columns(task.classes)]
+    _, prob = truth_and_prob(table, task, str(path))
+    scores = [name for name in table.columns if name not in ID_COLUMNS]
+    table = table.astype(dict.fromkeys(scores, "float64"))
+    notes = []
+    if given and not _agree(table[_columns("logit", task)].to_numpy(), prob, task):
+        given = False
+        notes.append("the logits do not give the probabilities and were left aside")
+    if not given:
+        table[_columns("logit", task)] = _logit_of(prob, task)
+        notes.append(f"without logits, {'log odds' if task.multilabel else 'log probabilities'} stand in for them")
+    return Predictions(table, task, notes)
+
+
+def finished_run(folder: Path) -> tuple[dict[str, Any], Task]:
+    """The run.json of a finished run and its task. InputError where the folder is no run or a run has not finished."""
+    if not (folder / "run.json").is_file():
+        raise InputError(f"run={folder}: no run.json there (looked in {Path.cwd()}); give the folder of one run")
+    record = read_json(folder / "run.json")
+    if record.get("status") != "finished":
+        status = record.get("status", "without a status")
+        raise InputError(f"{folder}/run.json: the run is {status}, not finished; start its train command again")
+    name = record.get("config", {}).get("task", {}).get("name")
+    if name not in TASKS:
+        raise InputError(f"{folder}/run.json: config.task.name {name!r} is none of {listed(list(TASKS))}")
+    return record, TASKS[name]
+
+
+def refuse_shared(val: pd.DataFrame, table: pd.DataFrame, val_path: Path, path: Path) -> None:
+    """InputError where an image is in both: a threshold fitted to the images it is judged on looks too good."""
+    shared = sorted(set(val["image_id"]) & set(table["image_id"]))
+    if shared:
+        raise InputError(f"{val_path}: {len(shared)} images are in {path} too: {listed(shared, 5)}; validate on others")
+
+
+def _columns(kind: str, task: Task) -> list[str]:
+    return [f"{kind}_{name}" for name in task.classes]
+
+
+def _text_table(path: Path) -> pd.DataFrame:
+    """A CSV as text, so that a score that is no number can be named by its line."""
+    try:
+        rows = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); give a CSV of predictions") from error
+    except ValueError as error:  # all that pandas and the decoder find at fault
+        raise InputError(f"{path}: not a CSV of predictions ({' '.join(str(error).split())})") from error
+    names = [str(name).strip() for name in rows.iloc[0]]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"{path}: columns {listed(twice)} stand on line 1 twice; keep one of each")
+    table = rows.iloc[1:].reset_index(drop=True).set_axis(names, axis=1)
+    short = np.flatnonzero(table.isna().any(axis=1))
+    if len(short):
+        raise InputError(f"{path}: line {short[0] + 2} has fewer fields than the {len(names)} of the header; mend it")
+    return table
+
+
+def _task_of(table: pd.DataFrame, path: Path) -> Task:
+    """The task whose classes have a prob_ column each; three classes are a softmax where most rows sum to one."""
+    found = [name.removeprefix("prob_") for name in table.columns if name.startswith("prob_")]
+    if sorted(found) == ["covid", "normal"]:
+        return TASKS["binary"]
+    if sorted(found) != sorted(CLASSES):
+        wanted = "prob_covid, prob_normal and, for three classes, prob_pneumonia"
+        raise InputError(f"{path}: columns for the classes {found} on line 1; a task's predictions have {wanted}")
+    prob = table[_columns("prob", TASKS["three_class"])].apply(pd.to_numeric, errors="coerce").sum(axis=1)
+    # Not all rows: a faulty one would turn a softmax into sigmoids, unseen.
+    return TASKS["three_class" if (np.abs(prob - 1) <= 1e-3).mean() >= 0.5 else "three_class_multilabel"]
+
+
+def _agree(logit: Floats, prob: Floats, task: Task) -> bool:
+    return bool(np.abs((expit(logit) if task.multilabel else softmax(logit, axis=1)) - prob).max() <= 1e-3)
+
+
+def _logit_of(prob: Floats, task: Task) -> Floats:
+    clipped = np.clip(prob, _SMALLEST, 1 - _SMALLEST if task.multilabel else 1)
+    return np.log(clipped) - (np.log1p(-clipped) if task.multilabel else 0)

@@ -1,0 +1,95 @@
+"""The report of real runs, started as a user starts it."""
+
+import csv
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from covid_cls.evaluation.grid import point_scores
+from covid_cls.labels import TASKS
+from covid_cls.records import read_predictions
+from tests.conftest import SMALL, Command
+from tests.reporting.sweeps import changed, write_run
+
+Report = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def report(environment: dict[str, str]) -> Report:
+    """`python -m covid_cls.report *words`, started in `folder`."""
+
+    def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "covid_cls.report", *words]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def sweep(train: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two cells trained on small phantoms, and the folder they were started in."""
+    folder = tmp_path_factory.mktemp("sweep")
+    for strategy in ("fc", "partial"):
+        done = train(folder, *SMALL, "name=two", "trainer.max_epochs=1", "logger=none", f"strategy={strategy}")
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_trained_cells_become_a_page_and_tables(sweep: Path, report: Report, tmp_path: Path) -> None:
+    first = report(tmp_path, f"runs={sweep / 'outputs' / 'two'}", "resamples=100")
+    assert first.returncode == 0, first.stderr
+    assert first.stderr == ""
+    output = sweep / "outputs" / "two" / "report"
+    assert sorted(path.name for path in output.iterdir()) == ["index.html", "results.csv", "results.md"]
+    assert "binary, phantom, split by patient: " in first.stdout
+    assert f"results in {output}" in first.stdout
+    assert "resnet18, partial, ce" in (output / "index.html").read_text(encoding="utf-8")
+    text = (output / "results.csv").read_bytes()
+    folders = sorted((sweep / "outputs" / "two").glob("binary-*"))
+    for row in csv.DictReader(io.StringIO(text.decode())):
+        if row["backbone"]:
+            (folder,) = [folder for folder in folders if f"-{row['strategy']}-" in folder.name]
+            scores = point_scores(
+                read_predictions(folder / "predictions-test.csv", TASKS["binary"].classes), TASKS["binary"]
+            )
+            assert float(row["value"] or "nan") == pytest.approx(scores[row["score"]], abs=1e-9, nan_ok=True)
+    # From outputs, by name, elsewhere: the same numbers, and one opening more.
+    second = report(sweep, "runs=two", f"output={tmp_path / 'again'}", "resamples=100")
+    assert second.returncode == 0, second.stderr
+    assert (tmp_path / "again" / "results.csv").read_bytes() == text
+    assert "were opened 2 times" in (tmp_path / "again" / "index.html").read_text(encoding="utf-8")
+    for folder in folders:
+        assert len((folder / "openings.csv").read_text(encoding="utf-8").splitlines()) == 1 + 2
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), "runs is not set: give runs=… on the command line"),
+        (("runs=nowhere",), "runs=nowhere: no such folder"),
+        (("runs=empty",), "no run.json below it; give the folder of a sweep"),
+        (("runs=one", "metric=acuracy"), "metric=acuracy: no such score; choose one of accuracy, balanced_accuracy"),
+        (("runs=one", "level=high"), "report.level=high: expected float"),
+        (("runs=one", "level=95"), "level=95: must lie between 0 and 1"),
+        (("runs=one", "resamples=1"), "resamples=1: must be at least 2"),
+    ],
+    ids=str,
+)
+def test_a_fault_of_the_user_is_one_line(report: Report, tmp_path: Path, words: tuple[str, ...], says: str) -> None:
+    (tmp_path / "empty").mkdir()
+    write_run(tmp_path / "one", changed())
+    done = report(tmp_path, *words)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert says in line
+
+
+def test_help_shows_the_keys(report: Report, tmp_path: Path) -> None:
+    done = report(tmp_path, "--help")
+    assert done.returncode == 0
+    for words in ("runs=outputs/grid", "metric: balanced_accuracy", "Research use, not for diagnosis."):
+        assert words in done.stdout
