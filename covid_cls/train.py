@@ -23,6 +23,7 @@ def train(cfg: DictConfig) -> None:
     from pytorch_lightning import seed_everything
     from pytorch_lightning.utilities import rank_zero_only
 
+    from covid_cls.audits.findings import gate
     from covid_cls.data.datamodule import Radiographs
     from covid_cls.models.losses import check_weighting
     from covid_cls.models.transforms import Augment
@@ -52,23 +53,26 @@ def train(cfg: DictConfig) -> None:
         if run.finished:
             log.info("this cell is finished; rerun=true trains it anew")
         else:
-            train_cell(settings, data, run)
+            train_cell(settings, data, run, gate(data, settings["audit"]))
         if first:
             log.info("\n".join(report_lines(run.folder)))
 
 
-def train_cell(settings: dict[str, Any], data: "Radiographs", run: "Run") -> None:
-    """Fit, predict and report one cell; whatever happens, run.json says how it ended."""
+def train_cell(settings: dict[str, Any], data: "Radiographs", run: "Run", notes: list[str]) -> None:
+    """Fit, predict and report one cell; whatever happens, run.json says how it ended. notes: for run.json, too."""
     from covid_cls.assemble import build_trainer
+    from covid_cls.audits.probes import write_probes
     from covid_cls.reporting.results import write_results
     from covid_cls.training.callbacks import EpochHistory
     from covid_cls.training.checkpoints import load_classifier
     from covid_cls.training.features import prediction_features
     from covid_cls.training.predict import predict_split
     from covid_cls.training.start import prepare_fit, start_classifier
+    from covid_cls.training.stress import write_stress
 
     resume = run.last_checkpoint
     classifier = start_classifier(settings, data, run, download=not sweeping())
+    run.note(notes=[*run.record["notes"], *notes])
     with run.training():
         history = EpochHistory()
         trainer = build_trainer(settings, run.folder, [history])
@@ -86,6 +90,9 @@ def train_cell(settings: dict[str, Any], data: "Radiographs", run: "Run") -> Non
         cached = settings["feature_cache"] != "off"
         features = prediction_features(best, data, splits, settings["feature_cache_gb"]) if cached else None
         tables = {split: predict_split(best, data, split, features) for split in splits}
+        if settings["probes"]:
+            write_probes(data, run.folder / "probes", splits)
+            write_stress(best, data, run.folder / "probes", splits[-1])
         write_results(run.folder, tables, best.task, history.rows, trainer.logger, run.record)
 
 
