@@ -7,11 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from covid_cls.data.manifest import read_manifest
+from covid_cls.data.phantom import build_phantoms
+from covid_cls.data.splits import assign_splits
+from covid_cls.evaluation.operating import frozen_operating
 from covid_cls.evaluation.summary import summarise
 from covid_cls.labels import TASKS
 from covid_cls.records import read_predictions
@@ -374,3 +379,28 @@ class TestRealRadiographs:
         assert done.returncode == 2
         assert "20 tensors of the frozen stages are missing: layer4.0.conv1.weight" in done.stderr
         assert cells(tmp_path) == []
+
+
+def test_nothing_is_chosen_by_the_labels_of_the_test_split(train: Command, tmp_path: Path) -> None:
+    source = build_phantoms(tmp_path / "phantoms", images=48)
+    table = assign_splits(read_manifest(source))
+    left = {}
+    for name in ("as_they_are", "shuffled"):
+        if name == "shuffled":
+            test = table["split"] == "test"
+            shuffled = np.random.default_rng(0).permutation(table.loc[test, "label"])
+            assert (shuffled != table.loc[test, "label"]).any()
+            table.loc[test, "label"] = shuffled
+        table[["path", "label", "patient_id", "split"]].to_csv(source.with_name(f"{name}.csv"), index=False)
+        words = ("data=manifest", f"data.path={source.with_name(f'{name}.csv')}", "data.group=image", f"name={name}")
+        small = [word for word in SMALL if not word.startswith("data.images")]
+        done = train(tmp_path, *small, *words, "task=three_class", "trainer.max_epochs=3", "backbone.weights=none")
+        assert done.returncode == 0, done.stderr
+        (cell,) = cells(tmp_path / "outputs" / name)
+        frozen_operating(cell, TASKS["three_class"], sensitivity=0.95, specificity=0.95)
+        best = torch.load(cell / "checkpoints" / "best.ckpt", weights_only=True)
+        left[name] = ((cell / "operating.json").read_bytes(), best["epoch"], best["state_dict"])
+    (before, epoch, network), (after, epoch_after, network_after) = left.values()
+    assert before == after
+    assert epoch == epoch_after
+    assert all(torch.equal(network[key], network_after[key]) for key in network)

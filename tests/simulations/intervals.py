@@ -1,0 +1,185 @@
+"""How often intervals cover a known truth and how often equal models are called different, as Markdown.
+
+OMP_NUM_THREADS=1 python -m tests.simulations.intervals [simulations] >> docs/simulations.md
+"""
+
+import os
+import platform
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import scipy
+import sklearn
+from scipy.special import softmax
+
+from covid_cls.evaluation.comparison import compare_cells
+from covid_cls.evaluation.delong import delong_interval
+from covid_cls.evaluation.intervals import proportion_interval, score_intervals
+from covid_cls.evaluation.metrics import decide
+from covid_cls.evaluation.resampling import patient_codes, weighted_scores
+from covid_cls.evaluation.summary import truth_and_prob
+from covid_cls.labels import TASKS
+from covid_cls.records import prediction_columns
+
+SHARES = {"binary": (1, 2), "three_class": (1, 2, 2)}  # of patients, covid first
+DISTANCE = {"binary": 1.13, "three_class": 1.6}  # of class means, in standard deviations; AUROC of covid 0.87 and 0.93
+WITHIN_PATIENT = 0.5  # correlation between the noise of a patient's images
+BETWEEN_MODELS = 0.7  # correlation between the noise of two models on one image
+SCORES = (
+    *("covid.auroc", "covid.sensitivity", "covid.specificity", "accuracy", "balanced_accuracy", "macro_f1"),
+    *("covid.average_precision", "covid.ppv", "covid.npv", "covid.f1", "macro_auroc", "mcc", "brier", "nll"),
+)
+OTHERS = ("covid.auroc, DeLong", "covid.auroc, DeLong by image", "covid.sensitivity, Wilson by image")
+COMPARED = ("balanced_accuracy", "covid.auroc")
+TESTS = (*(f"bootstrap, {metric}" for metric in COMPARED), "DeLong, covid.auroc", "McNemar, exact")
+PIECE = 50  # simulations that one process does at a time
+
+
+class Design(NamedTuple):
+    """A test set: its task, how many patients, and how many images each has."""
+
+    task: str
+    patients: int
+    images: int
+
+    def __str__(self) -> str:
+        return f"{self.patients} x {self.images}" if self.images > 1 else f"{self.patients}"
+
+
+DESIGNS = [Design(task, n, images) for task in SHARES for images in (1, 4) for n in (60, 200, 1000)]
+DESIGNS.remove(Design("three_class", 1000, 4))  # a third of the whole time
+
+
+def draw(design: Design, rng: np.random.Generator, models: int = 1) -> list[pd.DataFrame]:
+    """Predictions tables of equally good models of the same images.
+
+    Logits are calibrated for equally frequent classes: each class has a unit Gaussian around its own corner.
+    """
+    task, shares, distance = TASKS[design.task], SHARES[design.task], DISTANCE[design.task]
+    per_class = [design.patients * share // sum(shares) for share in shares]
+    per_class[-1] = design.patients - sum(per_class[:-1])
+    truth = np.repeat(np.repeat(np.arange(len(shares)), per_class), design.images)
+    patient = np.repeat(np.arange(design.patients), design.images)
+
+    def noise() -> np.ndarray:
+        own = rng.normal(size=(len(truth), len(shares)))
+        if design.images == 1:
+            return own
+        shared = rng.normal(size=(design.patients, len(shares)))[patient]
+        return np.sqrt(WITHIN_PATIENT) * shared + np.sqrt(1 - WITHIN_PATIENT) * own
+
+    common = noise()
+    tables = []
+    for _ in range(models):
+        each = np.sqrt(BETWEEN_MODELS) * common + np.sqrt(1 - BETWEEN_MODELS) * noise()
+        logit = distance * (distance * np.eye(len(shares))[truth] + each)
+        columns = {
+            "image_id": np.arange(len(truth)).astype(str),
+            "patient_id": patient.astype(str),
+            **dict.fromkeys(("source", "split", "fold"), "simulated"),
+            "label": np.array(task.classes)[truth],
+            **{f"logit_{name}": logit[:, k] for k, name in enumerate(task.classes)},
+            **{f"prob_{name}": values for name, values in zip(task.classes, softmax(logit, axis=1).T, strict=True)},
+        }
+        tables.append(pd.DataFrame(columns)[prediction_columns(task.classes)])
+    return tables
+
+
+def known(task: str, patients: int = 1_000_000) -> dict[str, float]:
+    """The scores that intervals must cover: those of very many patients."""
+    (table,) = draw(Design(task, patients, 1), np.random.default_rng(0))
+    truth, prob = truth_and_prob(table, TASKS[task])
+    once = np.ones((1, len(truth)), dtype=np.uint8)
+    scores = weighted_scores(truth, prob, decide(prob, TASKS[task]), TASKS[task], once)
+    return {name: float(value[0]) for name, value in scores.items()}
+
+
+def covered(design: Design, rng: np.random.Generator, resamples: int, truths: dict[str, float]) -> Iterator[str]:
+    """The scores whose intervals hold the truth, for one drawn test set."""
+    (table,) = draw(design, rng)
+    task = TASKS[design.task]
+    found = score_intervals(table, task, resamples=resamples, seed=int(rng.integers(2**31)))
+    truth, prob = truth_and_prob(table, task)
+    covid = truth == 0
+    others = (
+        delong_interval(covid, prob[:, 0], patients=patient_codes(table)),
+        delong_interval(covid, prob[:, 0]),
+        proportion_interval(int((decide(prob, task)[covid] == 0).sum()), int(covid.sum())),
+    )
+    for name, interval in {**found, **dict(zip(OTHERS, others, strict=True))}.items():
+        if interval.low <= truths[name.split(",")[0]] <= interval.high:
+            yield name
+
+
+def rejected(design: Design, rng: np.random.Generator, resamples: int, _: dict[str, float]) -> Iterator[str]:
+    """The tests that find two equally good models different at the 5 % level."""
+    first, second = draw(design, rng, models=2)
+    seed = int(rng.integers(2**31))
+    for metric in COMPARED:
+        cells = {"first": [first], "second": [second]}
+        (pair,) = compare_cells(cells, TASKS[design.task], metric=metric, resamples=resamples, seed=seed)
+        if pair.p < 0.05:
+            yield f"bootstrap, {metric}"
+    if pair.delong_p < 0.05:
+        yield "DeLong, covid.auroc"
+    if pair.mcnemar_p < 0.05:
+        yield "McNemar, exact"
+
+
+Once = Callable[[Design, np.random.Generator, int, dict[str, float]], Iterator[str]]
+
+
+def count(
+    once: Once, design: Design, simulations: int, resamples: int, seed: int, truths: dict[str, float]
+) -> Counter[str]:
+    """How often `once` yielded each name, over test sets drawn from `design`."""
+    rng = np.random.default_rng([seed, *design[1:]])
+    return Counter(name for _ in range(simulations) for name in once(design, rng, resamples, truths))
+
+
+def _table(counts: dict[Design, Counter[str]], rows: tuple[str, ...], first: str, simulations: int) -> str:
+    designs = list(counts)
+    lines = [f"| {first} | " + " | ".join(map(str, designs)) + " |", "|---|" + "---:|" * len(designs)]
+    for name in rows:
+        shares = (f"{100 * counts[design][name] / simulations:.1f}" for design in designs)
+        lines.append(f"| {name} | " + " | ".join(shares) + " |")
+    return "\n".join(lines)
+
+
+def main(simulations: int = 1000, resamples: int = 400) -> None:
+    """Print what docs/simulations.md keeps."""
+    warnings.simplefilter("error")
+    pieces = simulations // PIECE
+    truths = {task: known(task) for task in SHARES}
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        running = {
+            (once, design): [
+                pool.submit(count, once, design, PIECE, resamples, piece, truths[design.task])
+                for piece in range(pieces)
+            ]
+            for once in (covered, rejected)
+            for design in DESIGNS
+            if once is covered or design.task == "binary"
+        }
+        counts = {key: sum((each.result() for each in futures), Counter()) for key, futures in running.items()}
+    versions = f"Python {platform.python_version()}, numpy {np.__version__}, scipy {scipy.__version__}"
+    print(f"\n### {date.today()}: {pieces * PIECE} simulations, {resamples} resamples each\n")
+    print(f"{versions}, pandas {pd.__version__}, sklearn {sklearn.__version__}.")
+    for task in SHARES:
+        of_task = {design: counts[covered, design] for design in DESIGNS if design.task == task}
+        print(f"\nCoverage in %, `{task}`:\n")
+        print(_table(of_task, (*SCORES, *OTHERS), "score", pieces * PIECE))
+    null = {design: counts[rejected, design] for design in DESIGNS if design.task == "binary"}
+    print("\nEqual models called different at the 5 % level, in %, `binary`:\n")
+    print(_table(null, TESTS, "test", pieces * PIECE))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
