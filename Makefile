@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help env run test test-fast lint format types check bench wheel board clean
+.PHONY: help env run test test-fast lint format types check bench simulations wheel board clean
 
 help: ## list these verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ check: lint types test ## what CI checks
 
 bench: env ## how fast the plain loop and covid_cls train, in turn
 	$(BIN)/python -m covid_cls.benchmark backbone=resnet18 strategy=partial
+
+simulations: env ## coverage of the intervals and level of the tests; docs/simulations.md keeps the output
+	$(BIN)/python -m tests.simulations.intervals
 
 wheel: env ## build dist/*.whl
 	$(BIN)/python -m build --wheel

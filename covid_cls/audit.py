@@ -31,9 +31,12 @@ def audit(cfg: DictConfig) -> None:
 
     settings = plain(cfg)
     check_section("data", Radiographs, settings["data"])
+    probing = {name: settings[name] for name in ("probes", "probe_folds", "seed")}
+    check_section("audit", check_options, probing)
+    check_options(**probing)
     data = open_collection(TASKS[settings["task"]["name"]], settings["data"])
-    done = audit_collection(data, settings)
-    output = Path(settings["output"] or Path(settings["output_root"]) / "audit" / data.name).expanduser()
+    done = audit_collection(data, **probing)
+    output = Path(str(settings["output"] or Path(settings["output_root"]) / "audit" / data.name)).expanduser()
     command = shlex.join(["python", "-m", "covid_cls.audit", *HydraConfig.get().overrides.task])
     write_json(output / "audit.json", {"command": command, **audit_record(done)})
     with whole_file(output / "audit.html") as file:
@@ -44,7 +47,13 @@ def audit(cfg: DictConfig) -> None:
         sys.exit(1)
 
 
-def audit_collection(data: "Collection", settings: dict[str, object]) -> "Audit":
+def check_options(probes: bool, probe_folds: int, seed: int) -> None:
+    """InputError where an option is out of range."""
+    if probe_folds < 2 or seed < 0:
+        raise InputError(f"probe_folds={probe_folds} seed={seed}: must be at least 2 and 0")
+
+
+def audit_collection(data: "Collection", *, probes: bool, probe_folds: int, seed: int) -> "Audit":
     """All findings on `data`; probes are left out, with a note, where folds cannot be drawn."""
     from covid_cls.audits.findings import attribute_findings, copies, data_findings, no_probes, probe_findings
     from covid_cls.audits.inventory import attributes
@@ -56,10 +65,10 @@ def audit_collection(data: "Collection", settings: dict[str, object]) -> "Audit"
     found, known = data_findings(data, pairs), attributes(table, data.cache)
     found += attribute_findings(known)
     scores, notes, sources = {}, {}, {}
-    if settings["probes"]:
+    if probes:
         log.info("shortcut probes")
         try:
-            tables = audit_probes(table, data.task, data.cache, folds=settings["probe_folds"], seed=settings["seed"])
+            tables = audit_probes(table, data.task, data.cache, folds=probe_folds, seed=seed)
             scores = {name: score_intervals(predicted, data.task) for name, predicted in tables.items()}
             notes, sources = probe_notes(table, data.cache), source_within_class(table, data.cache)
         except InputError as error:

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 def evaluate(cfg: DictConfig) -> None:
     """Assess what `cfg` names; metrics.json, figures and evaluation.html in its output, a table on the console."""
     # Imported late: --help and a misspelt key need no scipy.
-    from covid_cls.evaluation.assessment import assess
+    from covid_cls.evaluation.assessment import assess, check_draws
     from covid_cls.evaluation.operating import fit_operating
     from covid_cls.reporting.evaluation_page import text_lines, write_evaluation
 
@@ -30,10 +30,11 @@ def evaluate(cfg: DictConfig) -> None:
     targets = {name: settings[name] for name in ("sensitivity", "specificity")}
     check_section("evaluate", assess, draws)
     check_section("evaluate", fit_operating, targets)
+    check_draws(settings["resamples"], settings["level"])  # before the test predictions are opened
     scored, operating, output, facts = _subject(settings, targets)
     output = Path(settings["output"] or output).expanduser()
     record = {**facts, **assess(scored.table, scored.task, operating, **draws)}
-    record["notes"] = [*scored.notes, *record["notes"]]
+    record["notes"] += scored.notes
     write_evaluation(output, record, scored)
     log.info("\n".join([*text_lines(record), f"results in {output}"]))
 

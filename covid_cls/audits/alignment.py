@@ -20,6 +20,7 @@ SIDE = 192  # pixels at which details are compared; coarser pictures cannot be t
 # patients reached 0.88 after a fit; copies in JPEG quality 50, resized or in other contrast 0.84 to 1 as they are, and
 # cropped to nine tenths (four fifths) of the side at least 0.91 (0.88) after a fit.
 SAME_AT_REST, SAME_FITTED = 0.80, 0.89
+_COARSE, _MIDDLE = 0.60, 0.80  # below it pairs are given up early: copies had 0.62 and 0.87 at least
 _STEEPEST = 0.03  # shear or rotation of a copy's fit, 0.004 at most when measured; half of other patients' have more
 _BLOCKS = 8  # per side; the median over them lets labels and markers cover up to half of a picture
 _FEWEST = 24  # of them must lie inside both pictures
@@ -53,27 +54,28 @@ class Picture:
         return _local_contrast(self._grey, SIDE, blur=0.7, spread=2.5)
 
 
-def same_picture(whole: Picture, part: Picture, window: Window) -> float | None:
+def same_picture(whole: Picture, part: Picture, window: Window | None) -> float | None:
     """How far details agree, 0.8 to 1, where `part` shows `window` of `whole`, or about that; None for two pictures.
 
-    window: where in `whole` all of `part` is expected, to about a tenth of the side. WHOLE also compares them without
-    any fitting, which large labels can mislead.
+    window: where in `whole` all of `part` is expected, to about a tenth of the side. None: they are compared as they
+    are, which finds copies with labels too large for a fit.
     """
-    if window == WHOLE:
-        at_rest = _details_agree(whole, part, _start(window, SIDE), "fine")
-        if at_rest >= SAME_AT_REST:
-            return at_rest
-    fitted = _fitted_agreement(whole, part, window)
-    return fitted if fitted >= SAME_FITTED else None
+    if window is not None:
+        fitted = _fitted_agreement(whole, part, window)
+        return fitted if fitted >= SAME_FITTED else None
+    if _details_agree(whole, part, _start(WHOLE, 64), "coarse") < _COARSE:
+        return None
+    at_rest = _details_agree(whole, part, _start(WHOLE, SIDE), "fine")
+    return at_rest if at_rest >= SAME_AT_REST else None
 
 
 def _fitted_agreement(whole: Picture, part: Picture, window: Window) -> float:
     """How far details agree after an affine fit from coarse to fine; -1 where copies would agree better early on."""
     fit = _fit(whole.outline, part.outline, _start(window, 64), steps=15)
-    if fit is None or _steepness(fit) > 2 * _STEEPEST or _details_agree(whole, part, fit, "coarse") < 0.6:
+    if fit is None or _steepness(fit) > 2 * _STEEPEST or _details_agree(whole, part, fit, "coarse") < _COARSE:
         return _NO
     fit = _fit(whole.middle, part.middle, _scaled(fit, 96 / 64), steps=15)
-    if fit is None or _steepness(fit) > _STEEPEST or _details_agree(whole, part, fit, "middle") < 0.8:
+    if fit is None or _steepness(fit) > _STEEPEST or _details_agree(whole, part, fit, "middle") < _MIDDLE:
         return _NO
     fit = _fit(whole.fine, part.fine, _scaled(fit, SIDE / 96), steps=25)
     if fit is None or _steepness(fit) > _STEEPEST:

@@ -36,16 +36,16 @@ _COMPONENTS = 64
 _SHRINKAGE = 0.3  # of the mean variance, added to each; 0 to 3 found between 50 and 60 of 60 copies among the first 4
 _CHUNK = 512
 _NEAREST_WHOLE, _NEAREST_PART = 2, 4  # candidates per image
-_LEAST = 0.5  # correlation of a candidate; copies had 0.56 to 1
+_LEAST_WHOLE, _LEAST_PART = 0.5, 0.65  # correlation of a candidate; copies with labels had 0.5, cropped ones 0.73
 
 
 class _Candidate(NamedTuple):
-    """Positions of two images; all of `part` is expected in `window` of `whole`, mirrored or not."""
+    """Positions of two images; all of `part` is expected in `window` of `whole`, mirrored or not (see `same_picture`)."""
 
     whole: int
     part: int
     mirrored: bool
-    window: Window
+    window: Window | None
     likeness: float
 
 
@@ -156,11 +156,11 @@ def _candidates(images: NDArray[np.uint8], rows: Indices, side: int) -> list[_Ca
             views = [wholes[whole]] if is_whole else [view[whole - start] for view in parts]
             likeness = [float(view @ targets[other]) for view in views]
             k = int(np.argmax(likeness))
-            window = WHOLE if is_whole else _windows()[k]
-            pair = _Candidate(whole, part, mirrored, window, likeness[k])
+            pair = _Candidate(whole, part, mirrored, None if is_whole else _windows()[k], likeness[k])
+            least = _LEAST_WHOLE if is_whole else _LEAST_PART
             # A picture that lies whole in another need not be compared in both directions, a part must.
             name = (min(whole, part), max(whole, part), mirrored, is_whole)
-            if pair.likeness >= _LEAST and (name not in best or best[name].likeness < pair.likeness):
+            if pair.likeness >= least and (name not in best or best[name].likeness < pair.likeness):
                 best[name] = pair
     return list(best.values())
 

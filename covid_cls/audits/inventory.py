@@ -13,14 +13,15 @@ from covid_cls.evaluation.verdict import source_association
 _RARE = 0.02  # of the images: rarer values of an attribute count as one
 _DAY = re.compile(r"[-_ ]*\(?day[-_ ]?\d+\)?.*$")
 _VIEW = re.compile(r"[-_ ](pa|ap|l|lat|lateral|frontal|supine|erect)$")
-_LETTER = re.compile(r"(?<=\d)[a-h]$|[-_ ][a-h]$")
+_LETTER = re.compile(r"(?<=[a-z_]{2}\d)[a-h]$|(?<=[a-z_]{2}\d\d)[a-h]$|[-_ ][a-h]$")  # fig1a, not f73f3c
 _NUMBERED = re.compile(r"^((?:patient|pat|person|subject|sub|case|pid|p)[-_ ]?\d+)[-_ ].+$|^(\d{5,})[-_]\d{1,3}$")
 
 
 class Attribute(NamedTuple):
     """How strongly one property of the images goes with their label.
 
-    v: Cramér's V, without bias correction; 0: independent, 1: one gives the other away, nan: the same in all images.
+    v: Cramér's V, without bias correction; 0: independent, 1: one gives the other away, nan: no two
+    values that are frequent enough.
     commonest: per class its most frequent value with its share, in words.
     """
 

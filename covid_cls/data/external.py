@@ -77,7 +77,9 @@ class ExternalRadiographs:
             *(f"{self.name} has no image of {label}: what needs one is undefined" for label in absent),
         ]
         if len(quarantined):
-            self.notes.append(f"{len(quarantined)} undecodable images were quarantined: {listed(quarantined['path'])}")
+            self.notes.append(
+                f"{len(quarantined)} undecodable images were quarantined: {listed(quarantined['path'].tolist())}"
+            )
 
     def ordered_loader(self, split: str, features: Features | None = None) -> DataLoader[Batch]:
         """Every image of the split, which is "external", once and in the order of `table`; there are no features."""

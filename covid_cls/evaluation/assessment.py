@@ -54,8 +54,7 @@ def assess(
     temperature; decision_curve; sources; source_association (Cramér's V); operating; notes. The same table and
     arguments give the same record. InputError as in `truth_and_prob`.
     """
-    if resamples < 100 or not 0 < level < 1:
-        raise InputError(f"resamples={resamples} level={level}: at least 100 resamples, and a level between 0 and 1")
+    check_draws(resamples, level)
     truth, _ = truth_and_prob(table, task)
     draws: dict[str, Any] = {"resamples": resamples, "seed": seed, "level": level}
     patients = patient_codes(table)
@@ -99,6 +98,12 @@ def assess(
     return plain
 
 
+def check_draws(resamples: int, level: float) -> None:
+    """InputError where these resamples cannot give intervals of this level."""
+    if resamples < 100 or not 0 < level < 1:
+        raise InputError(f"resamples={resamples} level={level}: at least 100 resamples, and a level between 0 and 1")
+
+
 def patient_units(table: pd.DataFrame, task: Task) -> pd.DataFrame:
     """A predictions table with a row per patient and label: the mean logits of that patient's images of that label.
 
@@ -130,7 +135,7 @@ def _level(table: pd.DataFrame, task: Task, operating: dict[str, Any] | None, dr
     per_class: dict[str, dict[str, Any]] = {
         name: {"n": int(n)} for name, n in zip(task.classes, counts.sum(axis=1), strict=True)
     }
-    overall = {}
+    overall: dict[str, Any] = {}
     for name, interval in scores.items():
         label, _, score = name.rpartition(".")
         (per_class[label] if label else overall)[score] = interval._asdict()
@@ -272,4 +277,4 @@ def _notes(table: pd.DataFrame, task: Task, truth: Indices, operating: dict[str,
         return notes
     if operating["n_per_class"].keys() != set(task.classes):
         raise InputError(f"operating: fitted to classes {list(operating['n_per_class'])}, not {list(task.classes)}")
-    return notes + operating["notes"]
+    return [*notes, *operating["notes"]]

@@ -49,12 +49,14 @@ def calibrated(logit: Floats, temperature: float, task: Task) -> Floats:
 def fit_temperature(truth: Indices, logit: Floats, task: Task) -> float:
     """The temperature with the least negative log likelihood (Guo et al. 2017), one for all sigmoids if multilabel.
 
-    nan where the data do not determine one: a single class, or every image on the right side of every other, so that
-    ever smaller temperatures fit ever better.
+    nan where the data do not determine one: a single class, every label right, so that ever smaller temperatures fit
+    ever better, or labels so wrong that ever larger ones do.
     """
-    if len(np.unique(truth)) < 2:
-        return math.nan
     targets = positives(truth, task)
+    cut = 0 if task.multilabel else np.sort(logit, axis=1)[:, -2:].mean(axis=1, keepdims=True)
+    right = ((logit > cut) == (targets == 1)).all()
+    if len(np.unique(truth)) < 2 or right:
+        return math.nan
 
     def loss(log_temperature: float) -> float:
         scaled = logit / math.exp(log_temperature)
@@ -82,7 +84,7 @@ def calibration_error(
     Weighted mean over equal bins ((0, 1/bins], ...) of |share of outcomes - mean probability|. The null outcomes are
     drawn from `prob` itself: with few images even a perfect model shows a gap.
     """
-    which = np.clip(np.ceil(prob * bins).astype(np.int64) - 1, 0, bins - 1)
+    which = _bins(prob, bins)
     rng = np.random.default_rng(seed)
 
     def gap(outcomes: Floats) -> float:
@@ -95,12 +97,17 @@ def calibration_error(
 
 def reliability(prob: Floats, outcome: npt.ArrayLike, bins: int = 10) -> list[dict[str, float]]:
     """Per bin that holds images: n, their mean probability, how many outcomes were 1 (`events`) and their share."""
-    which = np.clip(np.ceil(prob * bins).astype(np.int64) - 1, 0, bins - 1)
-    table = pd.DataFrame({"bin": which, "prob": prob, "outcome": np.asarray(outcome, dtype=np.float64)})
-    groups = table.groupby("bin").agg(n=("prob", "size"), prob=("prob", "mean"), events=("outcome", "sum"))
+    which = _bins(prob, bins)
+    n, summed = np.bincount(which, minlength=bins), np.bincount(which, prob, bins)
+    events = np.bincount(which, np.asarray(outcome, dtype=np.float64), bins)
     return [
-        {"n": int(row.n), "mean_prob": float(row.prob), "events": int(row.events), "share": float(row.events / row.n)}
-        for row in groups.itertuples()
+        {
+            "n": int(n[k]),
+            "mean_prob": float(summed[k] / n[k]),
+            "events": int(events[k]),
+            "share": float(events[k] / n[k]),
+        }
+        for k in np.flatnonzero(n)
     ]
 
 
@@ -133,6 +140,11 @@ def prior_shift(prob: Floats, prior: npt.ArrayLike, new_prior: npt.ArrayLike) ->
     """
     weighted = prob * (np.asarray(new_prior, dtype=np.float64) / np.asarray(prior, dtype=np.float64))
     return np.asarray(weighted / weighted.sum(axis=1, keepdims=True), dtype=np.float64)
+
+
+def _bins(prob: Floats, bins: int) -> Indices:
+    """The bin of each probability: (0, 1/bins] is number 0, and so is 0 itself."""
+    return np.clip(np.ceil(prob * bins).astype(np.int64) - 1, 0, bins - 1)
 
 
 def _coefficient(model: sm.GLM, patients: Indices, level: float) -> Interval:

@@ -66,10 +66,10 @@ def finished_run(folder: Path) -> tuple[dict[str, Any], Task]:
     if record.get("status") != "finished":
         status = record.get("status", "without a status")
         raise InputError(f"{folder}/run.json: the run is {status}, not finished; start its train command again")
-    name = record.get("config", {}).get("task", {}).get("name")
-    if name not in TASKS:
-        raise InputError(f"{folder}/run.json: config.task.name {name!r} is none of {listed(list(TASKS))}")
-    return record, TASKS[name]
+    try:
+        return record, TASKS[record["config"]["task"]["name"]]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder}/run.json: config.task.name is none of {listed(list(TASKS))}; restore it") from error
 
 
 def refuse_shared(val: pd.DataFrame, table: pd.DataFrame, val_path: Path, path: Path) -> None:
@@ -95,11 +95,7 @@ def _text_table(path: Path) -> pd.DataFrame:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(f"{path}: columns {listed(twice)} stand on line 1 twice; keep one of each")
-    table = rows.iloc[1:].reset_index(drop=True).set_axis(names, axis=1)
-    short = np.flatnonzero(table.isna().any(axis=1))
-    if len(short):
-        raise InputError(f"{path}: line {short[0] + 2} has fewer fields than the {len(names)} of the header; mend it")
-    return table
+    return rows.iloc[1:].reset_index(drop=True).set_axis(names, axis=1)
 
 
 def _task_of(table: pd.DataFrame, path: Path) -> Task:

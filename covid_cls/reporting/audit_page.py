@@ -115,7 +115,10 @@ def audit_page(audit: Audit, command: str) -> str:
     return page(f"Audit of {data.name}", lead, sections)
 
 
-_ATTRIBUTES_NOTE = "Cramér's V: 0 if a property says nothing of the label, 1 if it gives the label away. Per class its commonest value."
+_ATTRIBUTES_NOTE = (
+    "Cramér's V: 0 if a property says nothing of the label, 1 if it gives the label away. "
+    "Beside it the commonest value of each class."
+)
 _PROBES_NOTE = (
     "Small classifiers that see only what is named, each patient predicted from the folds that it is not in. A probe "
     f"without lungs whose whole interval lies above {SHORTCUT:.2f} reads the class from something else than disease."
@@ -169,7 +172,7 @@ def _attributes(audit: Audit) -> str:
     rows = [
         [
             one.name,
-            "same in all" if math.isnan(one.v) else f"{one.v:.2f}",
+            "–" if math.isnan(one.v) else f"{one.v:.2f}",
             *(one.commonest.get(name, "") for name in classes),
         ]
         for one in audit.attributes

@@ -32,13 +32,13 @@ def reliability_curves(calibration: dict[str, Any]) -> Figure:
     reach = [[i.value - i.low for i in ends], [i.high - i.value for i in ends]]
     axes.errorbar(x, y, yerr=reach, fmt="none", ecolor=colour, elinewidth=0.9, alpha=0.6)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="p(covid), mean of a bin", ylabel="share that is covid")
-    axes.legend(loc="upper left", frameon=False, fontsize=10, labelcolor=INK)
+    axes.legend(loc="upper left", frameon=False, fontsize=9, labelcolor=INK)
     return figure
 
 
 def decision_curves(curve: dict[str, list[float | None]]) -> Figure:
     """Net benefit against the threshold of p(covid): of the model, of treating all, of treating none."""
-    figure, axes = canvas(5.4, 4.0)
+    figure, axes = canvas(4.6, 3.9)
     cuts = np.array(curve["threshold"], dtype=np.float64)
     styles = {"treat_none": (INK, 0.8, "-"), "treat_all": (_QUIET, 1.4, _DASHES), "model": (_AFTER, 1.8, "-")}
     benefit = {name: np.array(curve[name], dtype=np.float64) for name in styles}  # None becomes nan
@@ -46,5 +46,5 @@ def decision_curves(curve: dict[str, list[float | None]]) -> Figure:
         axes.plot(cuts, benefit[name], color=colour, linewidth=width, linestyle=style, label=name.replace("_", " "))
     most = np.nanmax([0.05, *benefit["model"], *benefit["treat_all"]])
     axes.set(xlim=(0, 1), ylim=(-0.3 * most, 1.08 * most), xlabel="threshold of p(covid)", ylabel="net benefit")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=10, labelcolor=INK)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9, labelcolor=INK)
     return figure

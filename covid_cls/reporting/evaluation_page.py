@@ -29,7 +29,7 @@ _OVERALL = {
 _RATES = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "npv": "NPV"}
 _CLASS = {"auroc": "AUROC", "average_precision": "average precision", **_RATES, "f1": "F1"}
 _SOURCE = {
-    "balanced_accuracy": "balanced accuracy",
+    "accuracy": "accuracy",
     "covid.auroc": "covid AUROC",
     "covid.sensitivity": "covid sensitivity",
     "covid.specificity": "covid specificity",
@@ -67,19 +67,14 @@ def write_evaluation(output: Path, record: dict[str, Any], scored: Predictions) 
 
 def text_lines(record: dict[str, Any]) -> list[str]:
     """The record in a table and its notes, for the console."""
-    image, patient = record["image"], record["patient"]
-    heads = ("", "images", *(["patients"] if patient else []))
-    rows: Rows = [heads, *_overall_rows(record)]
+    levels = _levels(record)
+    rows: Rows = [("", *levels), *_overall_rows(record)]
     for name in record["classes"]:
-        rows += [
-            (
-                f"{name} {_CLASS[score]}",
-                *(_shown(level["per_class"][name][score]) for level in (image, patient) if level),
-            )
-            for score in ("auroc", "sensitivity", "specificity")
-        ]
+        for score in ("auroc", "sensitivity", "specificity"):
+            shown = (_shown(level["per_class"][name][score]) for level in levels.values())
+            rows.append((f"{name} {_CLASS[score]}", *shown))
     lines = [_title(record), text_table(rows)]
-    points = [row for row in _point_rows(image["operating_points"]) if row[1] != "–"]
+    points = [row for row in _point_rows(record["image"]["operating_points"]) if row[1] != "–"]
     if points:
         lines += ["covid by thresholds chosen on validation:", text_table([_POINT_HEADS, *points])]
     calibration = record["calibration"]
@@ -104,37 +99,31 @@ def _title(record: dict[str, Any]) -> str:
 def _page(record: dict[str, Any], task: Task, pictures: dict[str, str]) -> str:
     level = f"{100 * record['settings']['level']:g} %"
     lead = html.paragraph(_title(record)) + "".join(html.paragraph(text) for text in _openings(record))
-    grave = [note for note in record["notes"] if note.isupper() or note.startswith(("SOURCE", "LEAKY"))]
+    grave = [note for note in record["notes"] if note.startswith(("SOURCE-CONFOUNDED", "LEAKY SPLIT"))]
     lead += "".join(html.paragraph(note, "banner bad") for note in grave)
     sections = [
         html.Section(
             "Scores",
-            html.table(["", "images", *(["patients"] if record["patient"] else [])], _overall_rows(record))
-            + _class_tables(record),
-            f"In brackets: {level} intervals by the patient bootstrap ({record['settings']['resamples']} resamples), or "
-            "exact ones where no resample differs. They cover the choice of patients, not of training seed or "
+            html.table(["", *_levels(record)], _overall_rows(record)) + _class_tables(record),
+            f"In brackets: {level} intervals by the patient bootstrap, {record['settings']['resamples']} resamples, "
+            "exact where no resample differs. They cover the choice of patients, not of training seed or "
             "hospital. The decision is the most probable class.",
         ),
         html.Section(
             "Confusion and ranking",
             html.panels(
                 [
-                    confusion_table(np.array(record["image"]["confusion"]["counts"]), task, "Images"),
-                    *(
-                        [confusion_table(np.array(record["patient"]["confusion"]["counts"]), task, "Patients")]
-                        if record["patient"]
-                        else []
-                    ),
-                    pictures["roc"],
-                    pictures["precision_recall"],
+                    confusion_table(np.array(level["confusion"]["counts"]), task, words)
+                    for words, level in _levels(record).items()
                 ]
-            ),
+            )
+            + html.panels([pictures["roc"], pictures["precision_recall"]]),
         ),
         _operating_section(record),
         _calibration_section(record, pictures["reliability"]),
         html.Section(
             "Decision curve",
-            pictures["decision_curve"],
+            html.panels([pictures["decision_curve"]]),
             "A model is of use where its curve lies above both treating everybody and treating nobody.",
         ),
         _source_section(record),
@@ -149,7 +138,7 @@ def _page(record: dict[str, Any], task: Task, pictures: dict[str, str]) -> str:
 
 
 def _overall_rows(record: dict[str, Any]) -> Rows:
-    levels = [record[name]["overall"] for name in ("image", "patient") if record[name]]
+    levels = [level["overall"] for level in _levels(record).values()]
     return [
         (words, *(_shown(level[name]) for level in levels)) for name, words in _OVERALL.items() if name in levels[0]
     ]
@@ -157,28 +146,29 @@ def _overall_rows(record: dict[str, Any]) -> Rows:
 
 def _class_tables(record: dict[str, Any]) -> str:
     parts = []
-    for words, level in (("Images", record["image"]), ("Patients", record["patient"])):
-        if level:
-            rows = [
-                (name, str(scores["n"]), *(_shown(scores[score]) for score in _CLASS))
-                for name, scores in level["per_class"].items()
-            ]
-            parts.append(html.table([words, "n", *_CLASS.values()], rows))
+    for words, level in _levels(record).items():
+        classes = level["per_class"]
+        heads = [words, *(f"{name}, n = {scores['n']}" for name, scores in classes.items())]
+        rows = [(label, *(_shown(classes[name][score]) for name in classes)) for score, label in _CLASS.items()]
+        parts.append(html.table(heads, rows))
     return "".join(parts)
+
+
+def _levels(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {words: record[name] for words, name in (("Images", "image"), ("Patients", "patient")) if record[name]}
 
 
 def _operating_section(record: dict[str, Any]) -> html.Section:
     parts = []
-    for words, level in (("Images", record["image"]), ("Patients", record["patient"])):
-        if level:
-            points = level["operating_points"]
-            shares = [at["prevalence"] for at in points["decision"]["at_prevalence"]]
-            parts.append(html.table([words, *_POINT_HEADS[1:]], _point_rows(points)))
-            rows = [
-                (_words(name), *(f"{_number(at['ppv'])} / {_number(at['npv'])}" for at in point["at_prevalence"]))
-                for name, point in points.items()
-            ]
-            parts.append(html.table([f"{words}: PPV / NPV at", *(f"{share:.0%} covid" for share in shares)], rows))
+    for words, level in _levels(record).items():
+        points = level["operating_points"]
+        shares = [at["prevalence"] for at in points["decision"]["at_prevalence"]]
+        parts.append(html.table([words, *_POINT_HEADS[1:]], _point_rows(points)))
+        rows = [
+            (_words(name), *(f"{_number(at['ppv'])} / {_number(at['npv'])}" for at in point["at_prevalence"]))
+            for name, point in points.items()
+        ]
+        parts.append(html.table([f"{words}: PPV / NPV at", *(f"{share:.0%} covid" for share in shares)], rows))
     return html.Section(
         "Operating points",
         "".join(parts),
@@ -216,7 +206,7 @@ def _calibration_section(record: dict[str, Any], picture: str) -> html.Section:
     )
     return html.Section(
         "Calibration",
-        html.panels([html.table(["", *stages], rows), picture]),
+        html.table(["", *stages], rows) + html.panels([picture]),
         f"{fitted}An ECE means something only beside that of a perfectly calibrated model on as many images (mean, "
         "and 95 % of draws below). A slope below 1 is overconfidence, an intercept below 0 too much covid.",
     )
@@ -226,7 +216,7 @@ def _source_section(record: dict[str, Any]) -> html.Section:
     classes: Sequence[str] = record["classes"]
     rows = [
         (
-            block["source"] + (" (one label)" if block["label_pure"] else ""),
+            block["source"] + (", one label" if block["label_pure"] else ""),
             *(str(block[key]) for key in ("n_images", "n_patients")),
             *(str(block["n_per_class"][name]) for name in classes),
             *(_shown(block["scores"].get(name)) for name in _SOURCE),
@@ -259,12 +249,10 @@ def _openings(record: dict[str, Any]) -> list[str]:
     return [f"The test predictions of this run were opened {times}."]
 
 
-def _words(name: str) -> str:
-    """sensitivity_95 as "sensitivity 95 %"."""
-    words, _, percent = name.partition("_")
-    return (
-        f"{words} {percent} %" if percent else {"decision": "most probable class", "youden": "Youden"}.get(name, name)
-    )
+def _words(point: str) -> str:
+    """An operating point's name in words, e.g. "sensitivity 95 %"."""
+    name, _, percent = point.partition("_")
+    return f"{name} {percent} %" if percent else {"decision": "most probable class", "youden": "Youden"}[name]
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -272,7 +260,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def _shown(interval: dict[str, Any] | None, digits: int = 3) -> str:
-    """ "0.871 (0.843 to 0.899)", or a dash where it is undefined."""
+    """A figure with its interval, e.g. "0.871 (0.843 to 0.899)"; a dash where it is undefined."""
     if interval is None or interval["value"] is None:
         return "–"
     return f"{interval['value']:.{digits}f} ({_number(interval['low'], digits)} to {_number(interval['high'], digits)})"

@@ -1,0 +1,141 @@
+"""python -m covid_cls.audit as a user starts it: exit codes, the page and the record it leaves."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from covid_cls.data.phantom import build_phantoms
+from tests.conftest import Command
+
+PHANTOMS = ("data=phantom", "data.images=150", "data.phantom_seed=7", "probe_folds=3")
+
+
+@pytest.fixture
+def audit(environment: dict[str, str]) -> Command:
+    """`python -m covid_cls.audit *words`, started in `folder`."""
+
+    def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "covid_cls.audit", *words]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+
+    return run
+
+
+def record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "audit.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def levels(found: dict[str, Any]) -> set[str]:
+    return {finding["level"] for finding in found["findings"]}
+
+
+def test_clean_phantoms_pass_with_a_page_that_needs_no_network(audit: Command, tmp_path: Path) -> None:
+    done = audit(tmp_path, *PHANTOMS)
+    assert done.returncode == 0, done.stderr
+    assert "No finding fails" in done.stdout
+    found = record(tmp_path / "outputs" / "audit" / "phantom")
+    assert "fail" not in levels(found)
+    assert found["data"]["images"] == 150
+    assert sum(row["images"] for row in found["data"]["counts"]) == 150
+    assert set(found["probes"]) >= {"header", "metadata", "frame", "thumbnail"}
+    interval = found["probes"]["frame"]["scores"]["macro_auroc"]
+    assert interval["low"] <= interval["value"] <= interval["high"]
+    page = (tmp_path / "outputs" / "audit" / "phantom" / "audit.html").read_text(encoding="utf-8")
+    assert "Research use, not for diagnosis" in page
+    assert found["verdict"] in page
+    assert not re.search(r"""(src|href|url)[="'(]+https?:|<script|@import""", page)
+
+
+def test_a_planted_marker_fails(audit: Command, tmp_path: Path) -> None:
+    done = audit(tmp_path, *PHANTOMS, "data.shortcut=marker", "output=here")
+    assert done.returncode == 1, done.stderr
+    assert "fail: the frame probe tells the classes apart" in done.stdout
+    assert "not evidence of disease detection" in record(tmp_path / "here")["verdict"]
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Path:
+    """A small folder of class folders in splits: a copy in two splits, one in two classes, a file that is no image."""
+    drawn = build_phantoms(tmp_path / "drawn", images=18, seed=1)
+    root = tmp_path / "set"
+    for k, row in enumerate(pd.read_csv(drawn).to_dict("records")):
+        split = ("train", "val", "test")[k % 3]
+        (root / split / row["label"]).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(drawn.parent / row["path"], root / split / row["label"] / Path(row["path"]).name)
+    image = next((root / "train" / "covid").iterdir())
+    shutil.copyfile(image, root / "test" / "covid" / "again.png")
+    other = next((root / "train" / "normal").iterdir())
+    shutil.copyfile(other, root / "train" / "pneumonia" / "other.png")
+    (root / "train" / "covid" / "notes.txt").write_text("not an image", encoding="utf-8")
+    return root
+
+
+def test_faults_of_a_small_set_are_all_reported(audit: Command, faulty: Path) -> None:
+    done = audit(faulty.parent, "data=folder", "data.root=set", "output=out", "probes=false")
+    assert done.returncode == 1, done.stderr
+    found = {finding["title"]: finding for finding in record(faulty.parent / "out")["findings"]}
+    assert any("again.png" in line for line in found["copies of one image in two splits"]["examples"])
+    assert any("other.png" in line for line in found["copies of one image in two classes"]["examples"])
+    (line,) = found["unreadable files"]["examples"]
+    assert line == "train/covid/notes.txt: a text file, not an image"
+    assert found["images without patient_id"]["level"] == "warn"
+    assert found["sources are not named"]["level"] == "warn"
+    page = (faulty.parent / "out" / "audit.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") >= 4
+
+
+def test_a_set_too_small_for_folds_is_audited_without_probes(audit: Command, tmp_path: Path) -> None:
+    drawn = build_phantoms(tmp_path / "few", images=6)
+    table = pd.read_csv(drawn)
+    table[table["label"] != "pneumonia"].assign(patient_id="one").to_csv(drawn, index=False)
+    done = audit(tmp_path, "data=manifest", "data.path=few/manifest.csv", "output=out")
+    assert done.returncode == 0, done.stderr
+    found = record(tmp_path / "out")
+    assert found["data"]["task"] == "binary"
+    assert found["data"]["splits"] == "none: there are too few patients to draw them"
+    assert "shortcut probes could not be computed" in {finding["title"] for finding in found["findings"]}
+
+
+def test_a_patient_in_two_given_splits_is_a_finding_and_no_error(audit: Command, tmp_path: Path) -> None:
+    drawn = build_phantoms(tmp_path / "few", images=12)
+    table = pd.read_csv(drawn)
+    table["split"] = ["train", "val"] * 6
+    table.loc[[0, 1], "patient_id"] = "leak"
+    table.to_csv(drawn, index=False)
+    done = audit(tmp_path, "data=manifest", "data.path=few/manifest.csv", "output=out", "probes=false")
+    assert done.returncode == 1, done.stderr
+    (finding,) = (one for one in record(tmp_path / "out")["findings"] if one["title"] == "patients in two splits")
+    assert "leak (train+val)" in finding["examples"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data=manifest", "data.path=nowhere.csv"], "nowhere.csv: no such file"),
+        (["data.sice=3"], "sice"),
+        (["output=3", "data.size=large"], "data.size=large: expected int"),
+        (["probe_folds=1"], "probe_folds=1 seed=0: must be at least 2 and 0"),
+    ],
+)
+def test_a_fault_of_the_input_is_one_line_and_exit_code_2(
+    words: list[str], message: str, audit: Command, tmp_path: Path
+) -> None:
+    done = audit(tmp_path, *words)
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_what_audit_takes(audit: Command, tmp_path: Path) -> None:
+    done = audit(tmp_path, "--help")
+    assert done.returncode == 0
+    for word in ("covid_cls.audit", "probe_folds", "data: base, folder, manifest, phantom"):
+        assert word in done.stdout

@@ -1,0 +1,248 @@
+"""`python -m covid_cls.evaluate` as a user starts it: in a subprocess, from another folder."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+
+from covid_cls.command import conf_folder
+from covid_cls.data.phantom import build_phantoms
+from covid_cls.errors import InputError
+from covid_cls.evaluate import evaluate as evaluate_command
+from covid_cls.evaluation.assessment import assess
+from covid_cls.evaluation.predictions import read_scores
+from covid_cls.evaluation.summary import summarise
+from covid_cls.labels import TASKS
+from covid_cls.records import write_predictions
+from covid_cls.reporting.html import DISCLAIMER
+from tests.conftest import SMALL, Command
+from tests.evaluation.test_assessment import cohort
+
+Evaluate = Callable[..., subprocess.CompletedProcess[str]]
+FEW = "resamples=200"
+TASK = TASKS["three_class"]
+FIGURES = ("confusion", "decision_curve", "precision_recall", "reliability", "roc")
+
+
+@pytest.fixture(scope="module")
+def evaluate(environment: dict[str, str]) -> Evaluate:
+    """`python -m covid_cls.evaluate *words`, started in `folder`."""
+
+    def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "covid_cls.evaluate", *words]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(train: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run on phantoms; not to be changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = train(folder, *SMALL, "trainer.max_epochs=1", "task=three_class", "logger=none")
+    assert done.returncode == 0, done.stderr
+    (record,) = folder.rglob("run.json")
+    return record.parent
+
+
+@pytest.fixture
+def cell(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run, below outputs, that a test may change; as train leaves it without a look at its test split."""
+    copy = tmp_path / "outputs" / "phantom" / "cell"
+    shutil.copytree(trained, copy)
+    for made in ("operating.json", "openings.csv"):
+        (copy / made).unlink(missing_ok=True)
+    return copy
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def test_a_run_is_evaluated_from_its_predictions_alone(cell: Path, tmp_path: Path, evaluate: Evaluate) -> None:
+    shutil.rmtree(cell / "checkpoints")
+    done = evaluate(tmp_path, "run=phantom/cell", FEW)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    found = metrics(cell / "evaluation")
+    operating = json.loads((cell / "operating.json").read_text())
+    table = read_scores(cell / "predictions-test.csv", TASK).table
+    again = assess(table, TASK, operating, resamples=200)
+    assert {key: found[key] for key in again if key != "notes"} == {k: v for k, v in again.items() if k != "notes"}
+    assert found["image"]["confusion"] == summarise(table, TASK)["confusion"]
+    assert found["operating"] == operating
+    assert found["openings"]["count"] == 1
+    assert {path.stem for path in (cell / "evaluation" / "figures").iterdir()} == set(FIGURES)
+    page = (cell / "evaluation" / "evaluation.html").read_text(encoding="utf-8")
+    assert not re.search(r"<img|<script|<link|src=|href=\"http|url\(http", page)  # one file, without a network
+    for text in (page, done.stdout, found["disclaimer"]):
+        assert DISCLAIMER in text
+    assert "macro AUROC" in done.stdout
+    assert "covid by thresholds chosen on validation:" in done.stdout
+    assert set(entry.name for entry in tmp_path.iterdir()) == {"outputs"}
+
+
+def test_each_opening_of_the_test_predictions_is_counted(cell: Path, tmp_path: Path, evaluate: Evaluate) -> None:
+    for count in (1, 2):
+        assert evaluate(tmp_path, f"run={cell}", f"output=look{count}", FEW).returncode == 0
+        assert metrics(tmp_path / f"look{count}")["openings"]["count"] == count
+    assert len((cell / "openings.csv").read_text().splitlines()) == 1 + 2
+    first, second = metrics(tmp_path / "look1"), metrics(tmp_path / "look2")
+    first.pop("openings"), second.pop("openings")
+    assert first == second
+
+
+def test_test_labels_reach_neither_temperature_nor_thresholds(cell: Path, tmp_path: Path, evaluate: Evaluate) -> None:
+    tainted = tmp_path / "outputs" / "phantom" / "tainted"
+    shutil.copytree(cell, tainted)
+    table = pd.read_csv(cell / "predictions-test.csv", dtype=str, keep_default_na=False)
+    table["label"] = np.random.default_rng(0).permutation(table["label"].to_numpy())
+    table.to_csv(tainted / "predictions-test.csv", index=False)
+    for folder in (cell, tainted):
+        assert evaluate(tmp_path, f"run={folder}", FEW).returncode == 0
+    assert (cell / "operating.json").read_bytes() == (tainted / "operating.json").read_bytes()
+    clean, other = metrics(cell / "evaluation"), metrics(tainted / "evaluation")
+    assert clean["operating"] == other["operating"]
+    assert clean["image"]["confusion"] != other["image"]["confusion"]
+
+
+def test_nothing_is_opened_before_thresholds_are_frozen(cell: Path, tmp_path: Path, evaluate: Evaluate) -> None:
+    (cell / "predictions-val.csv").write_text("image_id\n")
+    done = evaluate(tmp_path, f"run={cell}")
+    assert done.returncode == 2
+    assert f"{cell}/predictions-val.csv: columns ['label', 'prob_covid'" in done.stderr
+    assert not (cell / "openings.csv").exists()
+
+
+def test_a_run_scores_other_images_with_what_it_froze(cell: Path, tmp_path: Path, evaluate: Evaluate) -> None:
+    folder = build_phantoms(tmp_path / "elsewhere", images=24, seed=7).parent
+    manifest = pd.read_csv(folder / "manifest.csv", dtype=str, keep_default_na=False)
+    manifest = manifest[manifest["label"] != "pneumonia"]
+    manifest.to_csv(folder / "manifest.csv", index=False)
+    words = ("data=manifest", f"data.path={folder / 'manifest.csv'}")
+    done = evaluate(tmp_path, f"run={cell}", *words, FEW)
+    assert done.returncode == 0, done.stderr
+    found = metrics(cell / f"evaluation-{folder.name}")
+    assert found["operating"] == json.loads((cell / "operating.json").read_text())
+    assert (found["n_images"], found["split"]) == (len(manifest), "external")
+    assert found["image"]["overall"]["macro_auroc"]["value"] is None
+    assert any(f"{folder.name} has no image of pneumonia" in note for note in found["notes"])
+    assert not (cell / "openings.csv").exists()
+    idle = evaluate(tmp_path, f"run={cell}", *words, "data.size=64")
+    assert idle.returncode == 2
+    assert idle.stderr.startswith("error: data.size=64: the run's own preprocessing is used")
+
+
+def test_the_network_gives_its_own_images_the_same_scores(cell: Path, tmp_path: Path, evaluate: Evaluate) -> None:
+    done = evaluate(tmp_path, f"run={cell}", "data=phantom", "data.images=48", "output=again", FEW)
+    assert done.returncode == 0, done.stderr
+    scores = [f"logit_{name}" for name in TASK.classes]
+    before = read_scores(cell / "predictions-test.csv", TASK).table.set_index("image_id")[scores]
+    after = read_scores(tmp_path / "again" / "predictions-external.csv", TASK).table.set_index("image_id")[scores]
+    assert after.loc[before.index].to_numpy() == pytest.approx(before.to_numpy(), abs=1e-4)
+    assert "48 of these images are in the run's own data set, byte for byte" in done.stdout
+
+
+def test_a_stranger_s_predictions_with_and_without_validation(tmp_path: Path, evaluate: Evaluate) -> None:
+    needed = ["image_id", "label", *(f"prob_{name}" for name in TASK.classes)]
+    cohort(TASK)[needed].to_csv(tmp_path / "theirs.csv", index=False)
+    val = cohort(TASK, seed=1)[needed].assign(image_id=lambda table: "val-" + table["image_id"])
+    val.to_csv(tmp_path / "val.csv", index=False)
+    done = evaluate(tmp_path, "predictions=theirs.csv", "validation=val.csv", "sensitivity=0.9", FEW)
+    assert done.returncode == 0, done.stderr
+    found = metrics(tmp_path / "evaluation")
+    assert found["task"] == "three_class"
+    assert set(found["operating"]["thresholds"]) == {"youden", "sensitivity_90", "specificity_95"}
+    assert any("log probabilities stand in" in note for note in found["notes"])
+    done = evaluate(tmp_path, "predictions=theirs.csv", "output=alone", FEW)
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "alone")["operating"] is None
+    assert "note: without validation predictions there are no thresholds and no temperature" in done.stdout
+
+
+def test_one_class_alone_is_evaluated_and_named(tmp_path: Path, evaluate: Evaluate) -> None:
+    table = cohort(TASK)
+    write_predictions(table[table["label"] == "covid"], tmp_path / "theirs.csv")
+    done = evaluate(tmp_path, "predictions=theirs.csv", FEW)
+    assert done.returncode == 0, done.stderr
+    assert "note: no image of normal, pneumonia: the scores that need one are undefined" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder, which is entered, with predictions good and bad and a run that has not finished."""
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "run.json").write_text('{"status": "running"}')
+    (tmp_path / "broken.csv").write_text("image_id,label,prob_covid,prob_normal\na,flu,1,0\n")
+    write_predictions(cohort(TASK), tmp_path / "good.csv")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "give one of run=FOLDER and predictions=FILE.csv"),
+        ("run=a predictions=b.csv", "give one of run=FOLDER and predictions=FILE.csv"),
+        ("run=nowhere", "run=nowhere: no run.json there"),
+        ("run=unfinished", "unfinished/run.json: the run is running, not finished"),
+        ("predictions=absent.csv", "absent.csv: cannot be read (No such file or directory)"),
+        ("predictions=good.csv validation=good.csv", "good.csv: 60 images are in good.csv too"),
+        ("predictions=good.csv data=phantom", "data= does not go with predictions="),
+        ("run=unfinished task=binary", "task= does not go with run="),
+        ("run=unfinished validation=good.csv", "validation= does not go with run="),
+        ("predictions=good.csv resamples=many", "evaluate.resamples=many: expected int"),
+        ("predictions=good.csv sensitivity=high", "evaluate.sensitivity=high: expected float"),
+        ("predictions=good.csv resamples=10", "resamples=10 level=0.95: at least 100"),
+        ("predictions=good.csv task=binary", "good.csv, label: 'pneumonia' on line 4"),
+        ("run=unfinished data=manifest", "data.path is not set"),
+    ],
+)
+def test_a_fault_of_the_input_is_named_before_anything_is_written(words: str, message: str, inputs: Path) -> None:
+    before = sorted(inputs.rglob("*"))
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        cfg = compose("evaluate", words.split())
+    with pytest.raises(InputError, match=re.escape(message)):
+        evaluate_command(cfg)
+    assert sorted(inputs.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("predictions=broken.csv", "broken.csv, label: 'flu' on line 2"),
+        ("resample=10", "Could not override 'resample'"),
+    ],
+)
+def test_a_fault_of_the_input_is_one_line_and_exit_code_2(
+    word: str, message: str, inputs: Path, evaluate: Evaluate
+) -> None:
+    done = evaluate(inputs, word)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_run_without_test_predictions_says_so(cell: Path, tmp_path: Path, evaluate: Evaluate) -> None:
+    (cell / "predictions-test.csv").unlink()
+    done = evaluate(tmp_path, f"run={cell}")
+    assert done.returncode == 2
+    assert f"{cell}/predictions-test.csv: no such file; train the run with test=true" in done.stderr
+
+
+def test_help_shows_the_commands(tmp_path: Path, evaluate: Evaluate) -> None:
+    done = evaluate(tmp_path, "--help")
+    assert done.returncode == 0
+    assert "python -m covid_cls.evaluate predictions=" in done.stdout
+    assert DISCLAIMER in done.stdout
