@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from covid_cls.errors import InputError
 
-
 VIEWS = ("whole", "border", "centre", "lungs_blurred")
 _FRAME = 3 / 32  # of the side: the six pixels of a 64-pixel thumbnail that the frame probe of audits reads
 

@@ -52,9 +52,10 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
     """A whole HTML document. title: plain text; lead: HTML above the contents, e.g. from `banner`."""
     anchors = [re.sub(r"[^a-z0-9]+", "-", section.title.lower()).strip("-") for section in sections]
     links = "".join(f'<a href="#{anchor}">{escape(s.title)}</a>' for anchor, s in zip(anchors, sections, strict=True))
+    notes = [paragraph(section.note, "quiet") if section.note else "" for section in sections]
     parts = [
-        f'<section id="{anchor}"><h2>{escape(s.title)}</h2>{paragraph(s.note, "quiet") if s.note else ""}{s.body}</section>'
-        for anchor, s in zip(anchors, sections, strict=True)
+        f'<section id="{anchor}"><h2>{escape(s.title)}</h2>{note}{s.body}</section>'
+        for anchor, note, s in zip(anchors, notes, sections, strict=True)
     ]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
