@@ -78,7 +78,8 @@ def _write(
 ) -> None:
     from covid_cls.records import write_json
     from covid_cls.reporting.figures import save_figure
-    from covid_cls.speed.report import append_section, markdown_section, text_table
+    from covid_cls.reporting.text import text_table
+    from covid_cls.speed.report import append_section, markdown_section
 
     output = Path(settings["output"])
     write_json(output / "benchmark.json", result)

@@ -80,7 +80,7 @@ def test_a_run_is_evaluated_from_its_predictions_alone(cell: Path, tmp_path: Pat
     assert {key: found[key] for key in again if key != "notes"} == {k: v for k, v in again.items() if k != "notes"}
     assert found["image"]["confusion"] == summarise(table, TASK)["confusion"]
     assert found["operating"] == operating
-    assert found["openings"]["count"] == 1
+    assert found["openings"]["times"] == 1
     assert {path.stem for path in (cell / "evaluation" / "figures").iterdir()} == set(FIGURES)
     page = (cell / "evaluation" / "evaluation.html").read_text(encoding="utf-8")
     assert not re.search(r"<img|<script|<link|src=|href=\"http|url\(http", page)  # one file, without a network
@@ -88,13 +88,13 @@ def test_a_run_is_evaluated_from_its_predictions_alone(cell: Path, tmp_path: Pat
         assert DISCLAIMER in text
     assert "macro AUROC" in done.stdout
     assert "covid by thresholds chosen on validation:" in done.stdout
-    assert set(entry.name for entry in tmp_path.iterdir()) == {"outputs"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {"outputs"}
 
 
 def test_each_opening_of_the_test_predictions_is_counted(cell: Path, tmp_path: Path, evaluate: Evaluate) -> None:
     for count in (1, 2):
         assert evaluate(tmp_path, f"run={cell}", f"output=look{count}", FEW).returncode == 0
-        assert metrics(tmp_path / f"look{count}")["openings"]["count"] == count
+        assert metrics(tmp_path / f"look{count}")["openings"]["times"] == count
     assert len((cell / "openings.csv").read_text().splitlines()) == 1 + 2
     first, second = metrics(tmp_path / "look1"), metrics(tmp_path / "look2")
     first.pop("openings"), second.pop("openings")
@@ -194,8 +194,6 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("", "give one of run=FOLDER and predictions=FILE.csv"),
         ("run=a predictions=b.csv", "give one of run=FOLDER and predictions=FILE.csv"),
-        ("run=nowhere", "run=nowhere: no run.json there"),
-        ("run=unfinished", "unfinished/run.json: the run is running, not finished"),
         ("predictions=absent.csv", "absent.csv: cannot be read (No such file or directory)"),
         ("predictions=good.csv validation=good.csv", "good.csv: 60 images are in good.csv too"),
         ("predictions=good.csv data=phantom", "data= does not go with predictions="),
@@ -220,6 +218,8 @@ def test_a_fault_of_the_input_is_named_before_anything_is_written(words: str, me
 @pytest.mark.parametrize(
     ("word", "message"),
     [
+        ("run=nowhere", "run=nowhere: no run.json there"),
+        ("run=unfinished", "unfinished/run.json: the run is running, not finished"),
         ("predictions=broken.csv", "broken.csv, label: 'flu' on line 2"),
         ("resample=10", "Could not override 'resample'"),
     ],

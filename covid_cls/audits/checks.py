@@ -40,7 +40,7 @@ class Finding:
     detail: str
     examples: Sequence[str] = ()
     remedy: str = ""
-    consequence: str = "too good"
+    consequence: str = "not to be trusted"
 
 
 def patient_findings(table: pd.DataFrame) -> list[Finding]:

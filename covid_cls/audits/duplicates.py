@@ -40,7 +40,7 @@ _LEAST_WHOLE, _LEAST_PART = 0.5, 0.65  # correlation of a candidate; copies with
 
 
 class _Candidate(NamedTuple):
-    """Positions of two images; all of `part` is expected in `window` of `whole`, mirrored or not (see `same_picture`)."""
+    """Positions of two images; `part` is expected in `window` of `whole`, mirrored or not (see `same_picture`)."""
 
     whole: int
     part: int

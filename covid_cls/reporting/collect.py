@@ -106,7 +106,7 @@ def collect(root: Path, command: str) -> Sweep:
     if not protocols:
         raise InputError(f"runs={root}: no cell is complete: {listed([f'{o.what}: {o.reason}' for o in omissions], 3)}")
     openings = [run.openings for run in finished if run.openings is not None]
-    most = Openings(max(opening.count for opening in openings), min(opening.first for opening in openings))
+    most = Openings(max(opening.times for opening in openings), min(opening.first for opening in openings))
     return Sweep(sorted(protocols, key=lambda p: p.name), omissions, most, _notes(finished))
 
 

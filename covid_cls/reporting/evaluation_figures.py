@@ -32,7 +32,7 @@ def reliability_curves(calibration: dict[str, Any]) -> Figure:
     reach = [[i.value - i.low for i in ends], [i.high - i.value for i in ends]]
     axes.errorbar(x, y, yerr=reach, fmt="none", ecolor=colour, elinewidth=0.9, alpha=0.6)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="p(covid), mean of a bin", ylabel="share that is covid")
-    axes.legend(loc="upper left", frameon=False, fontsize=9, labelcolor=INK)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=9, labelcolor=INK)
     return figure
 
 

@@ -218,12 +218,12 @@ def _source_section(record: dict[str, Any]) -> html.Section:
         (
             block["source"] + (", one label" if block["label_pure"] else ""),
             *(str(block[key]) for key in ("n_images", "n_patients")),
-            *(str(block["n_per_class"][name]) for name in classes),
+            " / ".join(str(block["n_per_class"][name]) for name in classes),
             *(_shown(block["scores"].get(name)) for name in _SOURCE),
         )
         for block in record["sources"]
     ]
-    heads = ["source", "images", "patients", *classes, *_SOURCE.values()]
+    heads = ["source", "images", "patients", " / ".join(classes), *_SOURCE.values()]
     return html.Section(
         "Sources",
         html.table(heads, rows),
@@ -245,7 +245,7 @@ def _openings(record: dict[str, Any]) -> list[str]:
     openings = record.get("openings")
     if not openings:
         return []
-    times = "once, now" if openings["count"] == 1 else f"{openings['count']} times since {openings['first']}"
+    times = "once, now" if openings["times"] == 1 else f"{openings['count']} times since {openings['first']}"
     return [f"The test predictions of this run were opened {times}."]
 
 

@@ -13,9 +13,9 @@ _COLUMNS = ["time", "command"]
 
 
 class Openings(NamedTuple):
-    """count: how often, this time included; first: when for the first time, ISO 8601 with its offset from UTC."""
+    """times: how often, this time included; first: when for the first time, ISO 8601 with its offset from UTC."""
 
-    count: int
+    times: int
     first: str
 
 

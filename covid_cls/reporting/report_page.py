@@ -126,7 +126,7 @@ def _lead(sweep: Sweep, results: Sequence[ProtocolResult], about: About) -> str:
 
 def _facts(sweep: Sweep, results: Sequence[ProtocolResult], about: About) -> list[list[str]]:
     runs = [run for r in results for cell in r.protocol.cells for run in cell.runs]
-    count = sweep.openings.count
+    count = sweep.openings.times
     rows = [["made", f"{about.started:%Y-%m-%d %H:%M} by covid_cls {covid_cls.__version__}: {about.command}"]]
     for r in results:
         table = r.table

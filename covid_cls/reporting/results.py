@@ -35,7 +35,7 @@ def write_results(
     # What is reported comes from the file, to the last digit: anyone can compute it again.
     val = read_predictions(folder / "predictions-val.csv", task.classes)
     best = min(history, key=lambda row: row.get("loss/val", math.inf))
-    metrics = {"val": summarise(val, task), "best_epoch": int(best["epoch"]) + 1}
+    metrics: dict[str, Any] = {"val": summarise(val, task), "best_epoch": int(best["epoch"]) + 1}
     metrics |= {"notes": record["notes"], "disclaimer": DISCLAIMER}
     write_json(folder / "metrics.json", metrics)
     epochs = pd.DataFrame(history)

@@ -87,16 +87,6 @@ def growth_rows(records: Sequence[dict[str, Any]]) -> Rows:
     return rows
 
 
-def text_table(rows: Rows) -> str:
-    """`rows` as lines of text with aligned columns, the first one flush left."""
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
-
-
 def markdown_section(title: str, lead: str, result: dict[str, Any], rows: Rows) -> str:
     """A section with date, hardware, versions, the command and a table. result: with `surroundings` and `command`."""
     hardware = result["hardware"]

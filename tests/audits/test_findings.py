@@ -24,7 +24,7 @@ def test_the_verdict_counts_what_fails_and_names_the_gravest() -> None:
     assert verdict_line([]) == "No finding fails; 0 warnings"
     assert verdict_line([warning, no_probes("too few")]) == "No finding fails; 1 warning"
     assert verdict_line([warning, leak]) == (
-        "1 finding that fails: scores on this set are too good (patients in two splits)"
+        "1 finding that fails: scores on this set are not to be trusted (patients in two splits)"
     )
     assert verdict_line([leak, SOURCE]) == (
         "2 findings that fail: scores on this set are not evidence of disease detection "

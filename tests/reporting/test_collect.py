@@ -271,7 +271,7 @@ def test_of_repeated_runs_the_last_counts_and_the_other_is_listed(tmp_path: Path
 def test_each_reading_is_an_opening(tmp_path: Path) -> None:
     folders = [write_run(tmp_path, changed(seed=seed)) for seed in (0, 1)]
     unread = write_run(tmp_path, changed(seed=2), status="failed")
-    assert [read(tmp_path).openings.count for _ in range(3)] == [1, 2, 3]
+    assert [read(tmp_path).openings.times for _ in range(3)] == [1, 2, 3]
     for folder in folders:
         assert len((folder / "openings.csv").read_text(encoding="utf-8").splitlines()) == 1 + 3
     assert not (unread / "openings.csv").exists()

@@ -13,7 +13,7 @@ from covid_cls.reporting.ledger import record_opening
 
 def test_each_opening_is_counted_and_the_first_is_kept(tmp_path: Path) -> None:
     first = record_opening(tmp_path, "evaluate run=a, b")
-    assert first.count == 1
+    assert first.times == 1
     second = record_opening(tmp_path, 'report runs="x y"')
     assert second == (2, first.first)
     with (tmp_path / LEDGER).open(newline="") as file:
@@ -23,7 +23,7 @@ def test_each_opening_is_counted_and_the_first_is_kept(tmp_path: Path) -> None:
 def test_openings_at_once_are_all_counted(tmp_path: Path) -> None:
     record_opening(tmp_path, "first")
     with ThreadPoolExecutor(8) as pool:
-        counts = [found.count for found in pool.map(lambda k: record_opening(tmp_path, f"number {k}"), range(40))]
+        counts = [found.times for found in pool.map(lambda k: record_opening(tmp_path, f"number {k}"), range(40))]
     assert max(counts) == 41
     assert len((tmp_path / LEDGER).read_text().splitlines()) == 42
 

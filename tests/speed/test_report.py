@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from covid_cls.reporting.text import text_table
 from covid_cls.speed.charts import growth_chart, result_chart
 from covid_cls.speed.report import (
     append_section,
@@ -12,7 +13,6 @@ from covid_cls.speed.report import (
     markdown_section,
     result_rows,
     surroundings,
-    text_table,
 )
 from tests.speed.small import result
 
