@@ -23,10 +23,10 @@ from covid_cls.evaluation.intervals import (
     Interval,
     degrees_of_freedom,
     involved_patients,
+    paired_difference,
     resampled_interval,
     score_range,
     standard_error,
-    without_spread,
 )
 from covid_cls.evaluation.metrics import Floats, Indices, decide
 from covid_cls.evaluation.resampling import patient_codes, patient_weights, weighted_scores
@@ -223,13 +223,14 @@ def _difference(bench: _Bench, a: _Cell, b: _Cell) -> tuple[Interval, float]:
         return UNDEFINED, math.nan
     if np.array_equal(a.prob, b.prob):
         return Interval(0.0, 0.0, 0.0, "identical"), 1.0
-    low, high = score_range(bench.metric, bench.task)
-    most, n_patients = high - low, min(a.n_patients, b.n_patients)
-    error = standard_error(a.drawn - b.drawn, n_patients)
+    drawn, n_patients = a.drawn - b.drawn, min(a.n_patients, b.n_patients)
+    interval = paired_difference(
+        bench.metric, bench.task, value, drawn, n_patients=n_patients, df=bench.df, level=bench.level
+    )
+    error = standard_error(drawn, n_patients)
     if not error > 0:
-        return without_spread(value, n_patients, -most, most, bench.level), p_without_spread(value, n_patients, most)
-    reach = float(t.ppf((1 + bench.level) / 2, bench.df)) * error
-    interval = Interval(value, max(-most, value - reach), min(most, value + reach), "paired patient bootstrap")
+        low, high = score_range(bench.metric, bench.task)
+        return interval, p_without_spread(value, n_patients, high - low)
     return interval, float(2 * t.sf(abs(value) / error, bench.df))
 
 

@@ -13,18 +13,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.stats import t
 
 from covid_cls.errors import InputError, listed
 from covid_cls.evaluation.intervals import (
-    UNDEFINED,
     Interval,
     degrees_of_freedom,
     involved_patients,
+    paired_difference,
     resampled_interval,
-    score_range,
-    standard_error,
-    without_spread,
 )
 from covid_cls.evaluation.metrics import Floats, decide
 from covid_cls.evaluation.resampling import patient_codes, weighted_scores
@@ -161,16 +157,10 @@ def mean_difference(pairs: Sequence[tuple[CellScores, CellScores]], name: str, l
     difference ± t x the standard error of the paired patient bootstrap.
     """
     value = float(np.mean([first.value(name) - second.value(name) for first, second in pairs]))
-    if math.isnan(value):
-        return UNDEFINED
     drawn = np.mean([first.resampled(name) - second.resampled(name) for first, second in pairs], axis=0)
-    low, high = score_range(name, pairs[0][0].task)
-    most, n_patients = high - low, min(cell.n_patients[name] for pair in pairs for cell in pair)
-    error = standard_error(drawn, n_patients)
-    if not error > 0:
-        return without_spread(value, n_patients, -most, most, level)
-    reach = float(t.ppf((1 + level) / 2, pairs[0][0].df)) * error
-    return Interval(value, max(-most, value - reach), min(most, value + reach), "paired patient bootstrap")
+    n_patients = min(cell.n_patients[name] for pair in pairs for cell in pair)
+    any_cell = pairs[0][0]
+    return paired_difference(name, any_cell.task, value, drawn, n_patients=n_patients, df=any_cell.df, level=level)
 
 
 def main_effects(

@@ -114,6 +114,24 @@ def resampled_interval(
     return Interval(value, low + (high - low) * ends[0], low + (high - low) * ends[1], method)
 
 
+def paired_difference(
+    name: str, task: Task, value: float, resampled: Floats, *, n_patients: int, df: int, level: float = 0.95
+) -> Interval:
+    """`value`, a difference of scores called `name`, with its interval from the same difference per resample, (B,).
+
+    value ± t x the bootstrap's standard error, cut to what such a difference can be: "paired patient bootstrap". Where
+    no resample differs, `without_spread`.
+    """
+    if math.isnan(value):
+        return UNDEFINED
+    low, high = score_range(name, task)
+    most, error = high - low, standard_error(resampled, n_patients)
+    if not error > 0:
+        return without_spread(value, n_patients, -most, most, level)
+    reach = float(t.ppf((1 + level) / 2, df)) * error
+    return Interval(value, max(-most, value - reach), min(most, value + reach), "paired patient bootstrap")
+
+
 def without_spread(value: float, n_patients: int, low: float, high: float, level: float = 0.95) -> Interval:
     """The interval of a mean within [low, high] of which n independent groups of patients all showed the same `value`.
 
