@@ -19,7 +19,7 @@ from covid_cls.evaluation.metrics import class_scores, decide, overall_scores
 from covid_cls.evaluation.summary import truth_and_prob
 from covid_cls.labels import TASKS
 from covid_cls.records import prediction_columns
-from tests.simulations.intervals import DESIGNS, Design, count, covered, draw, known
+from tests.simulations.intervals import Design, count, covered, draw, known
 
 BINARY, SOFTMAX = TASKS["binary"], TASKS["three_class"]
 ALL_TASKS = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -235,10 +235,10 @@ def test_by_patient_a_clustered_interval_is_wider():
     assert 1.6 < ratio < 2.2  # at most 2, for images that are copies, but for chance
 
 
-@pytest.mark.parametrize("design", [DESIGNS[1], DESIGNS[3]], ids=str)
+@pytest.mark.parametrize("design", [Design("binary", 200), Design("binary", 60, 4)], ids=str)
 def test_intervals_cover_the_truth(design):
     """In 150 simulations; fewer than `least` would happen once in 1,000 times. docs/simulations.md has 1,000."""
-    truths = known(design.task, patients=200_000)
+    truths = known(design, patients=200_000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         counts = count(covered, design, 150, 200, 7, truths)
