@@ -245,7 +245,7 @@ def _openings(record: dict[str, Any]) -> list[str]:
     openings = record.get("openings")
     if not openings:
         return []
-    times = "once, now" if openings["times"] == 1 else f"{openings['count']} times since {openings['first']}"
+    times = "once, now" if openings["times"] == 1 else f"{openings['times']} times since {openings['first']}"
     return [f"The test predictions of this run were opened {times}."]
 
 
