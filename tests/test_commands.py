@@ -404,3 +404,20 @@ def test_nothing_is_chosen_by_the_labels_of_the_test_split(train: Command, tmp_p
     assert before == after
     assert epoch == epoch_after
     assert all(torch.equal(network[key], network_after[key]) for key in network)
+
+
+def test_a_leaky_split_is_noted_or_refused_as_asked(train: Command, tmp_path: Path) -> None:
+    words = (*SMALL, "data.group=image", "trainer.max_epochs=1", "backbone.weights=none", "strategy=full")
+    refused = train(tmp_path, *words, "audit=fail")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: audit: patients in two splits.")
+    assert "or set audit=warn" in refused.stderr
+    assert not cells(tmp_path)
+    noted = train(tmp_path, *words)
+    assert noted.returncode == 0, noted.stderr
+    (cell,) = cells(tmp_path)
+    assert any("audit: patients in two splits" in note for note in record(cell)["notes"])
+    assert {path.name for path in (cell / "probes").glob("*-test.csv")} == {
+        f"{name}-test.csv"
+        for name in ("majority", "header", "metadata", "frame", "histogram", "thumbnail", "corners", "marker")
+    }
