@@ -40,7 +40,7 @@ bench: env ## how fast the plain loop and covid_cls train, in turn
 	$(BIN)/python -m covid_cls.benchmark backbone=resnet18 strategy=partial
 
 simulations: env ## coverage of the intervals and level of the tests; docs/simulations.md keeps the output
-	$(BIN)/python -m tests.simulations.intervals
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simulations.intervals
 
 wheel: env ## build dist/*.whl
 	$(BIN)/python -m build --wheel

@@ -87,7 +87,7 @@ def comparisons(result: ProtocolResult) -> str:
         for c in sorted(result.comparisons, key=lambda c: (c.p_holm, -abs(c.difference.value)))
     ]
     headers = ["first", "second", f"first - second, {metric}", "p", "p (Holm)", "covid AUROC: p (DeLong)"]
-    headers += ["only first / only second right", "p (McNemar)"]
+    headers += ["patients that the first / the second decides better", "p (McNemar)"]
     table = html.table(headers, rows, 2)
     return (
         "".join(parts) + f"<details{' open' if len(rows) <= 10 else ''}><summary>All pairs</summary>{table}</details>"
