@@ -33,12 +33,17 @@ def environment(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     }
 
 
-@pytest.fixture(scope="session")
-def train(environment: dict[str, str]) -> Command:
-    """`python -m covid_cls.train *words`, started in `folder`, with its exit code and what it printed."""
+def starter(name: str, environment: dict[str, str]) -> Command:
+    """`python -m covid_cls.<name> *words`, started in `folder`, with its exit code and what it printed."""
 
     def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "covid_cls.train", *words]
+        command = [sys.executable, "-m", f"covid_cls.{name}", *words]
         return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def train(environment: dict[str, str]) -> Command:
+    """`train` as a user starts it."""
+    return starter("train", environment)

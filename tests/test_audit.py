@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pandas as pd
 import pytest
 
 from covid_cls.data.phantom import build_phantoms
-from tests.conftest import Command
+from tests.conftest import Command, starter
 
 PHANTOMS = ("data=phantom", "data.images=150", "data.phantom_seed=7", "probe_folds=3")
 
@@ -20,12 +18,7 @@ PHANTOMS = ("data=phantom", "data.images=150", "data.phantom_seed=7", "probe_fol
 @pytest.fixture
 def audit(environment: dict[str, str]) -> Command:
     """`python -m covid_cls.audit *words`, started in `folder`."""
-
-    def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "covid_cls.audit", *words]
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
-
-    return run
+    return starter("audit", environment)
 
 
 def record(folder: Path) -> dict[str, Any]:

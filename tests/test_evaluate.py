@@ -3,9 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +21,18 @@ from covid_cls.evaluation.summary import summarise
 from covid_cls.labels import TASKS
 from covid_cls.records import write_predictions
 from covid_cls.reporting.html import DISCLAIMER
-from tests.conftest import SMALL, Command
+from tests.conftest import SMALL, Command, starter
 from tests.evaluation.test_assessment import cohort
 
-Evaluate = Callable[..., subprocess.CompletedProcess[str]]
 FEW = "resamples=200"
 TASK = TASKS["three_class"]
 FIGURES = ("confusion", "decision_curve", "precision_recall", "reliability", "roc")
 
 
 @pytest.fixture(scope="module")
-def evaluate(environment: dict[str, str]) -> Evaluate:
+def evaluate(environment: dict[str, str]) -> Command:
     """`python -m covid_cls.evaluate *words`, started in `folder`."""
-
-    def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "covid_cls.evaluate", *words]
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-
-    return run
+    return starter("evaluate", environment)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +59,7 @@ def metrics(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
-def test_a_run_is_evaluated_from_its_predictions_alone(cell: Path, tmp_path: Path, evaluate: Evaluate) -> None:
+def test_a_run_is_evaluated_from_its_predictions_alone(cell: Path, tmp_path: Path, evaluate: Command) -> None:
     shutil.rmtree(cell / "checkpoints")
     done = evaluate(tmp_path, "run=phantom/cell", FEW)
     assert done.returncode == 0, done.stderr
@@ -91,7 +82,7 @@ def test_a_run_is_evaluated_from_its_predictions_alone(cell: Path, tmp_path: Pat
     assert {entry.name for entry in tmp_path.iterdir()} == {"outputs"}
 
 
-def test_each_opening_of_the_test_predictions_is_counted(cell: Path, tmp_path: Path, evaluate: Evaluate) -> None:
+def test_each_opening_of_the_test_predictions_is_counted(cell: Path, tmp_path: Path, evaluate: Command) -> None:
     for count in (1, 2):
         assert evaluate(tmp_path, f"run={cell}", f"output=look{count}", FEW).returncode == 0
         assert metrics(tmp_path / f"look{count}")["openings"]["times"] == count
@@ -101,7 +92,7 @@ def test_each_opening_of_the_test_predictions_is_counted(cell: Path, tmp_path: P
     assert first == second
 
 
-def test_test_labels_reach_neither_temperature_nor_thresholds(cell: Path, tmp_path: Path, evaluate: Evaluate) -> None:
+def test_test_labels_reach_neither_temperature_nor_thresholds(cell: Path, tmp_path: Path, evaluate: Command) -> None:
     tainted = tmp_path / "outputs" / "phantom" / "tainted"
     shutil.copytree(cell, tainted)
     table = pd.read_csv(cell / "predictions-test.csv", dtype=str, keep_default_na=False)
@@ -115,7 +106,7 @@ def test_test_labels_reach_neither_temperature_nor_thresholds(cell: Path, tmp_pa
     assert clean["image"]["confusion"] != other["image"]["confusion"]
 
 
-def test_nothing_is_opened_before_thresholds_are_frozen(cell: Path, tmp_path: Path, evaluate: Evaluate) -> None:
+def test_nothing_is_opened_before_thresholds_are_frozen(cell: Path, tmp_path: Path, evaluate: Command) -> None:
     (cell / "predictions-val.csv").write_text("image_id\n")
     done = evaluate(tmp_path, f"run={cell}")
     assert done.returncode == 2
@@ -123,7 +114,7 @@ def test_nothing_is_opened_before_thresholds_are_frozen(cell: Path, tmp_path: Pa
     assert not (cell / "openings.csv").exists()
 
 
-def test_a_run_scores_other_images_with_what_it_froze(cell: Path, tmp_path: Path, evaluate: Evaluate) -> None:
+def test_a_run_scores_other_images_with_what_it_froze(cell: Path, tmp_path: Path, evaluate: Command) -> None:
     folder = build_phantoms(tmp_path / "elsewhere", images=24, seed=7).parent
     manifest = pd.read_csv(folder / "manifest.csv", dtype=str, keep_default_na=False)
     manifest = manifest[manifest["label"] != "pneumonia"]
@@ -142,7 +133,7 @@ def test_a_run_scores_other_images_with_what_it_froze(cell: Path, tmp_path: Path
     assert idle.stderr.startswith("error: data.size=64: the run's own preprocessing is used")
 
 
-def test_the_network_gives_its_own_images_the_same_scores(cell: Path, tmp_path: Path, evaluate: Evaluate) -> None:
+def test_the_network_gives_its_own_images_the_same_scores(cell: Path, tmp_path: Path, evaluate: Command) -> None:
     done = evaluate(tmp_path, f"run={cell}", "data=phantom", "data.images=48", "output=again", FEW)
     assert done.returncode == 0, done.stderr
     scores = [f"logit_{name}" for name in TASK.classes]
@@ -152,7 +143,7 @@ def test_the_network_gives_its_own_images_the_same_scores(cell: Path, tmp_path: 
     assert "48 of these images are in the run's own data set, byte for byte" in done.stdout
 
 
-def test_a_stranger_s_predictions_with_and_without_validation(tmp_path: Path, evaluate: Evaluate) -> None:
+def test_a_stranger_s_predictions_with_and_without_validation(tmp_path: Path, evaluate: Command) -> None:
     needed = ["image_id", "label", *(f"prob_{name}" for name in TASK.classes)]
     cohort(TASK)[needed].to_csv(tmp_path / "theirs.csv", index=False)
     val = cohort(TASK, seed=1)[needed].assign(image_id=lambda table: "val-" + table["image_id"])
@@ -169,7 +160,7 @@ def test_a_stranger_s_predictions_with_and_without_validation(tmp_path: Path, ev
     assert "note: without validation predictions there are no thresholds and no temperature" in done.stdout
 
 
-def test_one_class_alone_is_evaluated_and_named(tmp_path: Path, evaluate: Evaluate) -> None:
+def test_one_class_alone_is_evaluated_and_named(tmp_path: Path, evaluate: Command) -> None:
     table = cohort(TASK)
     write_predictions(table[table["label"] == "covid"], tmp_path / "theirs.csv")
     done = evaluate(tmp_path, "predictions=theirs.csv", FEW)
@@ -225,7 +216,7 @@ def test_a_fault_of_the_input_is_named_before_anything_is_written(words: str, me
     ],
 )
 def test_a_fault_of_the_input_is_one_line_and_exit_code_2(
-    word: str, message: str, inputs: Path, evaluate: Evaluate
+    word: str, message: str, inputs: Path, evaluate: Command
 ) -> None:
     done = evaluate(inputs, word)
     assert done.returncode == 2
@@ -234,14 +225,14 @@ def test_a_fault_of_the_input_is_one_line_and_exit_code_2(
     assert done.stderr.count("\n") == 1
 
 
-def test_a_run_without_test_predictions_says_so(cell: Path, tmp_path: Path, evaluate: Evaluate) -> None:
+def test_a_run_without_test_predictions_says_so(cell: Path, tmp_path: Path, evaluate: Command) -> None:
     (cell / "predictions-test.csv").unlink()
     done = evaluate(tmp_path, f"run={cell}")
     assert done.returncode == 2
     assert f"{cell}/predictions-test.csv: no such file; train the run with test=true" in done.stderr
 
 
-def test_help_shows_the_commands(tmp_path: Path, evaluate: Evaluate) -> None:
+def test_help_shows_the_commands(tmp_path: Path, evaluate: Command) -> None:
     done = evaluate(tmp_path, "--help")
     assert done.returncode == 0
     assert "python -m covid_cls.evaluate predictions=" in done.stdout

@@ -2,9 +2,6 @@
 
 import csv
 import io
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,21 +9,14 @@ import pytest
 from covid_cls.evaluation.grid import point_scores
 from covid_cls.labels import TASKS
 from covid_cls.records import read_predictions
-from tests.conftest import SMALL, Command
+from tests.conftest import SMALL, Command, starter
 from tests.reporting.sweeps import changed, write_run
-
-Report = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def report(environment: dict[str, str]) -> Report:
+def report(environment: dict[str, str]) -> Command:
     """`python -m covid_cls.report *words`, started in `folder`."""
-
-    def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "covid_cls.report", *words]
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
-
-    return run
+    return starter("report", environment)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +29,7 @@ def sweep(train: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_trained_cells_become_a_page_and_tables(sweep: Path, report: Report, tmp_path: Path) -> None:
+def test_trained_cells_become_a_page_and_tables(sweep: Path, report: Command, tmp_path: Path) -> None:
     first = report(tmp_path, f"runs={sweep / 'outputs' / 'two'}", "resamples=100")
     assert first.returncode == 0, first.stderr
     assert first.stderr == ""
@@ -79,7 +69,7 @@ def test_trained_cells_become_a_page_and_tables(sweep: Path, report: Report, tmp
     ],
     ids=str,
 )
-def test_a_fault_of_the_user_is_one_line(report: Report, tmp_path: Path, words: tuple[str, ...], says: str) -> None:
+def test_a_fault_of_the_user_is_one_line(report: Command, tmp_path: Path, words: tuple[str, ...], says: str) -> None:
     (tmp_path / "empty").mkdir()
     write_run(tmp_path / "one", changed())
     done = report(tmp_path, *words)
@@ -88,7 +78,7 @@ def test_a_fault_of_the_user_is_one_line(report: Report, tmp_path: Path, words: 
     assert says in line
 
 
-def test_help_shows_the_keys(report: Report, tmp_path: Path) -> None:
+def test_help_shows_the_keys(report: Command, tmp_path: Path) -> None:
     done = report(tmp_path, "--help")
     assert done.returncode == 0
     for words in ("runs=outputs/grid", "metric: balanced_accuracy", "Research use, not for diagnosis."):

@@ -110,7 +110,7 @@ def _softmax_scores(targets: Indices, prob: Floats, task: Task) -> dict[str, flo
     squared = (prob - targets) ** 2
     covid = task.classes.index(POSITIVE)
     return {
-        "nll": float(-_log(prob)[targets == 1].mean()),
+        "nll": float(-clipped_log(prob)[targets == 1].mean()),
         "brier": float(squared[:, covid].mean() if len(task.classes) == 2 else squared.sum(axis=1).mean()),
     }
 
@@ -120,7 +120,7 @@ def _label_scores(targets: Indices, prob: Floats, task: Task) -> dict[str, float
     covid = task.classes.index(POSITIVE)
     pairs = confusion(targets[:, covid], labels[:, covid], 2)
     return {
-        "nll": float(-np.where(targets == 1, _log(prob), _log(1 - prob)).mean()),
+        "nll": float(-np.where(targets == 1, clipped_log(prob), clipped_log(1 - prob)).mean()),
         "brier": float(((prob - targets) ** 2).mean()),
         "label_accuracy": float((labels == targets).mean()),
         "covid_f1_at_half": _decision_scores(pairs, 1)["f1"],
@@ -154,6 +154,7 @@ def _ratio(part: np.int64, whole: np.int64) -> float:
     return float(part / whole) if whole else math.nan
 
 
-def _log(prob: Floats) -> Floats:
+def clipped_log(prob: Floats) -> Floats:
+    """The logarithm of probabilities, the one of 0 that of the smallest step below 1: nll stays finite."""
     # sklearn's log_loss clips alike, but renormalises rows and warns of float32 ones that sum to 1 only within 1e-7
     return np.asarray(np.log(np.clip(prob, np.finfo(np.float64).eps, 1)), dtype=np.float64)

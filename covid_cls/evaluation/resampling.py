@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from covid_cls.evaluation.metrics import Floats, Indices, positives
+from covid_cls.evaluation.metrics import Floats, Indices, clipped_log, positives
 from covid_cls.labels import POSITIVE, Task
 
 ECE_BINS = 15
@@ -97,7 +97,7 @@ def _per_image(truth: Indices, prob: Floats, decided: Indices, task: Task) -> di
     targets = positives(truth, task)
     covid = task.classes.index(POSITIVE)
     squared = (prob - targets) ** 2
-    surprise = -np.log(np.clip(np.where(targets == 1, prob, 1 - prob), np.finfo(np.float64).eps, 1))
+    surprise = -clipped_log(np.where(targets == 1, prob, 1 - prob))
     if task.multilabel:
         labels = prob >= 0.5
         found = np.stack([targets[:, covid] * labels[:, covid], targets[:, covid], labels[:, covid]])
