@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 
-from covid_cls.reporting.tensorboard import EpochImages
+from covid_cls.reporting.tensorboard_epochs import EpochImages
 from covid_cls.training.callbacks import FiniteCheck, ImagesBar, quiet_lightning
 from covid_cls.training.checkpoints import WholeCheckpointIO
 

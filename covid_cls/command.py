@@ -99,6 +99,12 @@ def check_section(name: str, constructor: Callable[..., Any], section: dict[str,
             raise InputError(f"{name}.{key}={value}: expected {getattr(hint, '__name__', hint)}")
 
 
+def existing_folder(name: str, output_root: str) -> Path:
+    """The folder `name`, from here or else from the output root; as from here where neither is there."""
+    here, below = Path(name).expanduser(), Path(output_root).expanduser() / name
+    return below if below.is_dir() and not here.is_dir() else here
+
+
 def recipe() -> str | None:
     """The name of the chosen experiment, e.g. "grid"."""
     choice = HydraConfig.get().runtime.choices.get("experiment")

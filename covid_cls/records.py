@@ -18,6 +18,7 @@ from covid_cls.errors import InputError
 if TYPE_CHECKING:  # evaluation reads this module and must not pull in torch
     from torch import Tensor
 
+DISCLAIMER = "Research use, not for diagnosis."
 LEDGER = "openings.csv"  # in a run's folder: each time its test predictions were opened, rerun or not
 ID_COLUMNS = ("image_id", "patient_id", "source", "split", "fold", "label")
 

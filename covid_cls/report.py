@@ -8,7 +8,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from covid_cls.command import check_section, plain, run_command
+from covid_cls.command import check_section, existing_folder, plain, run_command
 from covid_cls.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -18,9 +18,8 @@ _OPTIONS = ("metric", "resamples", "seed", "level")
 def report(cfg: DictConfig) -> None:
     """index.html, results.csv and results.md of the sweep that `cfg` names, and its verdict on the console."""
     # Imported late: --help and a misspelt key need no matplotlib.
-    from covid_cls.records import whole_file
+    from covid_cls.records import DISCLAIMER, whole_file
     from covid_cls.reporting.collect import collect
-    from covid_cls.reporting.html import DISCLAIMER
     from covid_cls.reporting.measure import measure, measure_twins
     from covid_cls.reporting.report_page import About, report_page
     from covid_cls.reporting.report_tables import results_csv, results_md
@@ -30,8 +29,7 @@ def report(cfg: DictConfig) -> None:
     chosen = {name: settings[name] for name in _OPTIONS}
     check_section("report", Options, chosen)
     options = Options(**chosen)
-    runs, below = Path(settings["runs"]).expanduser(), Path(settings["output_root"]) / settings["runs"]
-    runs = below if below.is_dir() and not runs.is_dir() else runs
+    runs = existing_folder(settings["runs"], settings["output_root"])
     if not runs.is_dir():
         raise InputError(f"runs={settings['runs']}: no such folder (looked in {Path.cwd()})")
     output = Path(settings["output"] or runs / "report").expanduser()

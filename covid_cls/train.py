@@ -25,6 +25,7 @@ def train(cfg: DictConfig) -> None:
 
     from covid_cls.audits.findings import gate
     from covid_cls.data.datamodule import Radiographs
+    from covid_cls.evaluation.operating import fit_operating
     from covid_cls.models.losses import check_weighting
     from covid_cls.models.transforms import Augment
     from covid_cls.reporting.results import report_lines
@@ -33,7 +34,7 @@ def train(cfg: DictConfig) -> None:
     from covid_cls.training.start import SECTIONS
 
     settings = plain(cfg)
-    for name, constructor in SECTIONS.items():
+    for name, constructor in {**SECTIONS, "operating": fit_operating}.items():
         check_section(name, constructor, settings[name])
     check_weighting(settings["loss"], settings["data"]["sampler"])
     if (settings["trainer"]["max_epochs"] or 0) < 1:
@@ -84,16 +85,15 @@ def train_cell(settings: dict[str, Any], data: "Radiographs", run: "Run", notes:
             raise KeyboardInterrupt from stop
         if not trainer.is_global_zero:
             return
-        best = load_classifier(run.folder / "checkpoints" / "best.ckpt")
-        best.to(trainer.strategy.root_device)
-        splits = ("val", "test") if settings["test"] else ("val",)
+        best = load_classifier(run.folder / "checkpoints" / "best.ckpt").to(trainer.strategy.root_device)
+        scorer, splits = best.scorer(), ("val", "test") if settings["test"] else ("val",)
         cached = settings["feature_cache"] != "off"
         features = prediction_features(best, data, splits, settings["feature_cache_gb"]) if cached else None
-        tables = {split: predict_split(best, data, split, features) for split in splits}
+        tables = {split: predict_split(scorer, data, split, features) for split in splits}
         if settings["probes"]:
             write_probes(data, run.folder / "probes", splits)
-            write_stress(best, data, run.folder / "probes", splits[-1])
-        write_results(run.folder, tables, best.task, history.rows, trainer.logger, run.record)
+            write_stress(scorer, data, run.folder / "probes", splits[-1])
+        write_results(run, tables, scorer, data, history.rows, trainer.logger)
 
 
 if __name__ == "__main__":

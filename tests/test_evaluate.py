@@ -19,8 +19,7 @@ from covid_cls.evaluation.assessment import assess
 from covid_cls.evaluation.predictions import read_scores
 from covid_cls.evaluation.summary import summarise
 from covid_cls.labels import TASKS
-from covid_cls.records import write_predictions
-from covid_cls.reporting.html import DISCLAIMER
+from covid_cls.records import DISCLAIMER, write_predictions
 from tests.conftest import SMALL, Command, starter
 from tests.evaluation.test_assessment import cohort
 
@@ -183,8 +182,8 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "give one of run=FOLDER and predictions=FILE.csv"),
-        ("run=a predictions=b.csv", "give one of run=FOLDER and predictions=FILE.csv"),
+        ("", "give one of run=FOLDER, model=FOLDER with data=, and predictions=FILE.csv"),
+        ("run=a predictions=b.csv", "give one of run=FOLDER, model=FOLDER with data=, and predictions=FILE.csv"),
         ("predictions=absent.csv", "absent.csv: cannot be read (No such file or directory)"),
         ("predictions=good.csv validation=good.csv", "good.csv: 60 images are in good.csv too"),
         ("predictions=good.csv data=phantom", "data= does not go with predictions="),

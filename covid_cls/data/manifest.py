@@ -4,6 +4,7 @@ import csv
 import os
 import stat
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ _SPLIT_NAMES = {
     "testing": "test",
 }
 _OURS = ("patient_id", "source", "split", "fold", "sha256")
-_NO_IMAGES = {"thumbs.db", "desktop.ini"}  # left behind by file managers; hidden files are passed over as well
+# Left behind by file managers, and the index of a DICOM medium; hidden files are passed over as well.
+NO_IMAGES = {"thumbs.db", "desktop.ini", "dicomdir"}
 
 
 def read_manifest(path: Path) -> pd.DataFrame:
@@ -35,20 +37,14 @@ def read_manifest(path: Path) -> pd.DataFrame:
     split, fold, sha256: "" where the CSV has none. An empty patient_id becomes a patient of its own, "image:<path>".
     InputError naming the lines of missing, escaping or repeated files, unknown labels and unknown splits.
     """
-    rows = _csv_rows(path)
+    rows = _csv_rows(path, ("path", "label"), "data.path")
     faults: list[str] = []
     root = path.parent.resolve()
     unknown: Counter[str] = Counter()
     seen: dict[str, int] = {}
     for row in rows:
-        line, name = row["line"], row["path"]
-        fault = _file_fault(root, name)
-        if fault:
-            faults.append(f"line {line}: {fault}")
-        plain = os.path.normpath(name)  # ./a.png is a.png
-        if plain in seen:
-            faults.append(f"line {line}: {name} stands in line {seen[plain]} already")
-        seen.setdefault(plain, line)
+        line = row["line"]
+        faults += _row_faults(row, root, seen)
         label = canonical(row["label"])
         if label is None:
             unknown[row["label"]] += 1
@@ -58,11 +54,24 @@ def read_manifest(path: Path) -> pd.DataFrame:
         if row["split"].strip() and not split:
             faults.append(f"line {line}: split {row['split']!r} is none of {listed(SPLITS)}")
         row["split"] = split
-        row["file"] = str(root / name)
+        row["file"] = str(root / row["path"])
     if faults:
         remedy = f" Labels found that name no class: {dict(unknown)}; known are {listed(CLASSES)}." if unknown else ""
         raise InputError(f"{path}: {len(faults)} faults. {listed(faults, 5)}.{remedy} Mend or remove these lines")
     return _table(rows)
+
+
+def read_files(path: Path) -> list[tuple[str, Path]]:
+    """The paths that a CSV lists in its column `path` and their files, in its order; no label is asked for.
+
+    InputError as in `read_manifest`, calling the CSV input=.
+    """
+    rows = _csv_rows(path, ("path",), "input")
+    root, seen = path.parent.resolve(), dict[str, int]()
+    faults = [fault for row in rows for fault in _row_faults(row, root, seen)]
+    if faults:
+        raise InputError(f"{path}: {len(faults)} faults. {listed(faults, 5)}. Mend or remove these lines")
+    return [(row["path"], root / row["path"]) for row in rows]
 
 
 def read_folder(root: Path) -> pd.DataFrame:
@@ -85,7 +94,7 @@ def read_folder(root: Path) -> pd.DataFrame:
             if label is None:
                 unmatched.append((branch / name).relative_to(base).as_posix())
                 continue
-            for file in _files(branch / name):
+            for file in files_below(branch / name):
                 relative = file.relative_to(base).as_posix()
                 rows.append({"path": relative, "label": label, "split": split, "file": str(file), "line": 0})
     strange = [row["path"] for row in rows if not Path(str(row["file"])).is_file()]
@@ -103,9 +112,28 @@ def read_folder(root: Path) -> pd.DataFrame:
     return _table(rows)
 
 
-def _csv_rows(path: Path) -> list[dict[str, Any]]:
+def files_below(folder: Path) -> list[Path]:
+    """All files below `folder`, sorted, but for hidden ones, those in hidden folders and the litter of file managers.
+
+    No file is opened or looked at. A link to a folder is not followed, and listed: it is for the reader to refuse.
+    InputError naming a folder that may not be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: {error.strerror}; make this folder readable or give another") from error
+
+    found = []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names += [name for name in folders if Path(place, name).is_symlink()]
+        found += [Path(place, n) for n in names if not n.startswith(".") and n.lower() not in NO_IMAGES]
+    return sorted(found, key=Path.as_posix)
+
+
+def _csv_rows(path: Path, needed: Sequence[str], setting: str) -> list[dict[str, Any]]:
+    """The rows of the CSV that `setting` names, each with its line. InputError where it is none or lacks a column."""
     if not path.is_file():
-        raise InputError(f"data.path={path}: no such file (looked in {Path.cwd()}); give a CSV with path,label")
+        raise InputError(f"{setting}={path}: no such file (looked in {Path.cwd()}); give a CSV with {','.join(needed)}")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
@@ -114,7 +142,7 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
             twice = sorted(name for name, times in Counter(columns).items() if name and times > 1)
             if twice:
                 raise InputError(f"{path}:1: column {listed(twice)} stands there twice; keep one")
-            missing = [name for name in ("path", "label") if name not in columns]
+            missing = [name for name in needed if name not in columns]
             if missing:
                 raise InputError(f"{path}:1: column {listed(missing)} is missing; found {listed(columns) or 'nothing'}")
             rows = []
@@ -130,7 +158,21 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _file_fault(root: Path, name: str) -> str | None:
+def _row_faults(row: dict[str, Any], root: Path, seen: dict[str, int]) -> list[str]:
+    """What is wrong with the path of a row; seen: paths to the lines they first stand in, kept up to date."""
+    line, name = row["line"], row["path"]
+    faults = []
+    fault = file_fault(root, name)
+    if fault:
+        faults.append(f"line {line}: {fault}")
+    plain = os.path.normpath(name)  # ./a.png is a.png
+    if plain in seen:
+        faults.append(f"line {line}: {name} stands in line {seen[plain]} already")
+    seen.setdefault(plain, line)
+    return faults
+
+
+def file_fault(root: Path, name: str) -> str | None:
     """Why `name` may not be opened, or None; `root` is resolved."""
     if not name or "\0" in name:
         return "path is empty or holds a NUL"
@@ -147,12 +189,6 @@ def _file_fault(root: Path, name: str) -> str | None:
 
 def _folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _files(folder: Path) -> list[Path]:
-    """All files below `folder` but for hidden ones, those in hidden folders and the litter of file managers."""
-    inside = [f for f in sorted(folder.rglob("*")) if not f.is_dir() and f.name.lower() not in _NO_IMAGES]
-    return [f for f in inside if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
 
 
 def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:

@@ -32,9 +32,9 @@ from covid_cls.errors import InputError
 from covid_cls.labels import CLASSES, POSITIVE
 from covid_cls.records import files_digest, whole_file
 
-Row = tuple[str, str, str, str, str]  # in the order of COLUMNS
+Row = tuple[str, str, str, str, str, str]  # in the order of COLUMNS
 
-COLUMNS = ("path", "label", "patient_id", "source", "view")
+COLUMNS = ("path", "label", "patient_id", "source", "view", "mask")
 SHORTCUTS = ("none", "marker")
 _STREAMS = ("plan", "anatomy", "disease", "image", "marker")
 
@@ -45,7 +45,8 @@ def build_phantoms(
     """The manifest.csv of a set of drawn radiographs in `folder`, made if it is not there yet.
 
     The manifest is written last: where there is one the set is complete, and it is returned whatever it was made with.
-    Each class gets a third of `images`, the first classes the remainder. Same arguments, same bytes.
+    Each class gets a third of `images`, the first classes the remainder. Same arguments, same bytes. mask: a 1-bit
+    picture of the size of its image, white where the lungs are; see `draw_radiograph`.
 
     shortcut="marker" burns an L into the upper right corner: of covid images with probability
     (1 + shortcut_strength) / 2, of others with (1 - shortcut_strength) / 2. At 0 it says nothing, at 1 it gives covid
@@ -56,7 +57,8 @@ def build_phantoms(
     if manifest.exists():
         return manifest
     for label in CLASSES:
-        (manifest.parent / "images" / label).mkdir(parents=True, exist_ok=True)
+        for kind in ("images", "masks"):
+            (manifest.parent / kind / label).mkdir(parents=True, exist_ok=True)
     patients = _plan(images, seed)
     strength = shortcut_strength if shortcut == "marker" else None
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # a process each would first import the caller, torch and all
@@ -106,7 +108,8 @@ def _plan(images: int, seed: int) -> list[list[Row]]:
     for number, k in enumerate(rng.permutation(len(drawn))):
         (label, site, size), name = drawn[k], f"p{number:04d}"
         views = ["AP" if u < 0.3 else "PA" for u in rng.random(size)]
-        patients.append([(f"images/{label}/{name}_{i}.png", label, name, site, view) for i, view in enumerate(views)])
+        pairs = zip([f"{label}/{name}_{i}.png" for i in range(size)], views, strict=True)
+        patients.append([(f"images/{file}", label, name, site, view, f"masks/{file}") for file, view in pairs])
     return patients
 
 
@@ -117,11 +120,12 @@ def _draw_patient(folder: Path, seed: int, number: int, rows: list[Row], marker_
     rng, label = _rng("disease", seed, number), rows[0][1]
     severity = between(rng, 0.35, 1.0)  # the least is hard to see: no model should get every patient right
     disease = draw_shadows(DISEASES[label], rng, severity) if label in DISEASES else []
-    for k, (path, _, _, site, view) in enumerate(rows):
-        pixels = draw_radiograph(chest, vessels, disease, SITES[site], view, _rng("image", seed, number, k))
+    for k, (path, _, _, site, view, mask) in enumerate(rows):
+        pixels, lungs = draw_radiograph(chest, vessels, disease, SITES[site], view, _rng("image", seed, number, k))
         if marker_strength is not None:
             rng = _rng("marker", seed, number, k)
             if rng.random() < (1 + (marker_strength if label == POSITIVE else -marker_strength)) / 2:
                 pixels = with_marker(pixels, rng)
-        with whole_file(folder / path) as file:
-            Image.fromarray(pixels).save(file, "PNG", compress_level=1)
+        for name, picture in ((path, Image.fromarray(pixels)), (mask, Image.fromarray(lungs))):
+            with whole_file(folder / name) as file:
+                picture.save(file, "PNG", compress_level=1)

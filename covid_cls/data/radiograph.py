@@ -81,8 +81,12 @@ def draw_shadows(finding: Finding, rng: Generator, severity: float = 1) -> list[
 
 def draw_radiograph(
     chest: "Chest", vessels: Grey, disease: list[Shadow], site: Site, view: str, rng: Generator
-) -> NDArray[np.uint8]:
-    """One image of a patient: bright where the X-rays were stopped."""
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """One image of a patient, bright where the X-rays were stopped, and where in it the lungs are.
+
+    Lungs: what holds air beside heart and mediastinum, up to the middle of its soft edges. They are drawn on every
+    second pixel, so that their outline is exact to two.
+    """
     depth = between(rng, -0.07, 0.05) - (0.04 if view == "AP" else 0)  # how deeply the patient breathed in
     chest = chest._replace(base=chest.base + depth, heart=chest.heart * (1 - depth) * (1.1 if view == "AP" else 1))
     vessels = vessels * (between(rng, 0.7, 1.4) * (1 - 2 * depth))  # crowded where the lungs are small
@@ -93,7 +97,9 @@ def draw_radiograph(
     cover += chest.cover(x, y, [s for finding in DISTRACTORS.values() for s in draw_shadows(finding, rng)])
     cover *= 1 + 0.25 * _clouds(x.shape, 0.04, rng)
     cover += map_coordinates(vessels, [(1 + y) * _VESSEL_GRID, (1 + x) * _VESSEL_GRID], order=1)
-    return _exposed(chest.shade(x, y, cover) + 0.015 * _clouds(x.shape, 0.1, rng), site, rng)
+    shade, lungs = chest.shade(x, y, cover)
+    film = _exposed(shade + 0.015 * _clouds(x.shape, 0.1, rng), site, rng)
+    return film, lungs.repeat(2, axis=0).repeat(2, axis=1)
 
 
 def _grid(site: Site, rng: Generator) -> tuple[Grey, Grey]:
@@ -178,8 +184,11 @@ class Chest(NamedTuple):
             cover += s.density * _spot(x - centre, y - level, s.width, s.height, s.edge)
         return cover
 
-    def shade(self, x: Grey, y: Grey, cover: Grey) -> Grey:
-        """What stops the X-rays: tissue and bones, less the air that the optical depth `cover` leaves in the lungs."""
+    def shade(self, x: Grey, y: Grey, cover: Grey) -> tuple[Grey, NDArray[np.bool_]]:
+        """What stops the X-rays: tissue and bones, less the air that the optical depth `cover` leaves in the lungs.
+
+        And where the lungs are.
+        """
         out: Grey = np.abs(x)
         bend = out * out * np.sqrt(out)
         up = np.clip((0.3 - y) / (0.3 - self.apex), 0, None)
@@ -189,6 +198,7 @@ class Chest(NamedTuple):
         heart = _spot(x - 0.13 * self.heart, y - self.base + 0.18, 0.37 * self.heart, 0.27 * self.heart, 6, tilt=0.6)
         aorta = _spot(x - 0.11, y + 0.30, 0.09, 0.10, 3)
         lungs = _inside(wall, 0.04) * _inside(dome - y, 0.03) * _inside(out - 0.13, 0.06)
+        clear = (lungs > 0.5) & (heart < 0.5) & (aorta < 0.5)
         lungs *= (0.8 + 0.9 * np.clip(wall, 0, 0.22)) * (1 - 0.9 * heart) * (1 - 0.8 * aorta)
         windpipe = _inside(0.04 - np.abs(x + 0.01), 0.03) * _inside(-0.28 - y, 0.08)
 
@@ -206,7 +216,7 @@ class Chest(NamedTuple):
 
         body = thick * np.maximum(trunk, _inside(0.27 - out, 0.08))
         shade: Grey = body + ribs + spine + collar - 0.08 * windpipe - 0.55 * lungs * np.exp(-cover)
-        return shade
+        return shade, clear
 
 
 NARROWEST = Chest(0.64, -0.84, 0.42, 0.88, 0.155, 0.00, -0.03, 0.98, 0.00)

@@ -111,7 +111,7 @@ def _read_raster(path: Path, kind: str) -> NDArray[np.uint8]:
             with Image.open(file, formats=(kind,)) as image:
                 _check_byte_order(image)
                 ImageOps.exif_transpose(image, in_place=True)
-                return _grey(image)
+                return grey_of(image)
     except BadImage:
         raise
     except UnidentifiedImageError:
@@ -134,8 +134,8 @@ def _check_byte_order(image: ImageFile.ImageFile) -> None:
         raise BadImage("compressed big-endian TIFF of signed, 32-bit or float pixels: convert to 8- or 16-bit PNG")
 
 
-def _grey(image: ImageFile.ImageFile) -> NDArray[np.uint8]:
-    """The opened `image` as uint8 grey (H, W), whatever its mode."""
+def grey_of(image: Image.Image) -> NDArray[np.uint8]:
+    """An image as uint8 grey (H, W), whatever its mode; see the table of this module. Raises BadImage."""
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return np.array(_opaque(image).convert("L"))
     values = np.array(image)

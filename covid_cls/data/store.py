@@ -98,6 +98,7 @@ def open_store(table: pd.DataFrame, hashes: Sequence[str], *, size: int, canvas:
     content = digest(json.dumps([settings, list(zip(table["path"], hashes, strict=True))]))
     folder = cache / "store" / f"{settings[:8]}-{content}"
     if not folder.is_dir():
+        _refuse_second_start()
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if not folder.is_dir():
@@ -223,6 +224,12 @@ def _run(jobs: list[_Job], images: int) -> Iterator[dict[int, str]]:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn, initializer=end_with_parent) as pool:
         yield from pool.map(_decode_chunk, jobs)
+
+
+def _refuse_second_start() -> None:
+    """RuntimeError in a worker process that runs the user's script again, instead of waiting for its parent's lock."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # what multiprocessing itself asks
+        raise RuntimeError("put what your script does below `if __name__ == '__main__':`, for processes import it")
 
 
 def end_with_parent() -> None:

@@ -73,23 +73,28 @@ def fit_operating(
     return plain
 
 
-def frozen_operating(folder: Path, task: Task, *, sensitivity: float, specificity: float) -> dict[str, Any]:
+def frozen_operating(folder: Path, task: Task, **targets: float) -> dict[str, Any]:
     """What `fit_operating` makes of a run's predictions-val.csv, from its operating.json once that is written.
 
-    Nothing else of the run is read. InputError where what was frozen has other targets.
+    targets: sensitivity and specificity as there; one that is not given is the one that was frozen. Nothing else of the
+    run is read. InputError where what was frozen has other targets.
     """
     path = folder / "operating.json"
     if not path.is_file():
         val = read_scores(folder / "predictions-val.csv", task).table
-        write_json(path, fit_operating(val, task, sensitivity=sensitivity, specificity=specificity))
+        write_json(path, fit_operating(val, task, **targets))
     frozen = read_json(path)
     missing = [key for key in _FROZEN if key not in frozen]
     if missing:
         raise InputError(f"{path}: lacks {missing}; delete it and it is fitted to predictions-val.csv again")
-    wanted = {"sensitivity": sensitivity, "specificity": specificity}
-    if frozen["targets"] != wanted:
+    return check_targets(frozen, targets, path)
+
+
+def check_targets(frozen: dict[str, Any], targets: dict[str, float], path: Path) -> dict[str, Any]:
+    """`frozen`, which `path` holds. InputError where it was fitted for other targets than the ones that are given."""
+    if frozen["targets"] != {**frozen["targets"], **targets}:
         given = " ".join(f"{name}={value}" for name, value in frozen["targets"].items())
-        raise InputError(f"{path}: frozen with {given}; give these, or delete it, which openings.csv will not forget")
+        raise InputError(f"{path}: frozen with {given}; give these, or none")
     return frozen
 
 

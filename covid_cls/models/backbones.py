@@ -1,7 +1,9 @@
 """ResNet and VGG as one chain of named stages that can be entered, left and frozen at any of them."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,6 @@ from covid_cls.errors import InputError, listed
 
 RESNETS = ("resnet18", "resnet34", "resnet50")
 VGGS = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
-BACKBONES = RESNETS + VGGS
 STRATEGIES = ("fc", "partial", "full")
 
 
@@ -76,28 +77,38 @@ class StageReport:
     norm: str
 
 
+class Family(NamedTuple):
+    """Backbones that are cut into stages in one way; docs/your-backbone.md adds one.
+
+    names: as torchvision knows them. stages: for a name, the stages in order, randomly initialised, the last of them
+    `pool`, and the length of the feature vectors that it makes; the first layer takes one channel. torchvision_name:
+    what torchvision calls the tensor that such a network calls so. classifier: torchvision's name of what follows the
+    pool, which our head replaces.
+    """
+
+    names: tuple[str, ...]
+    stages: Callable[[str], tuple[dict[str, nn.Module], int]]
+    torchvision_name: Callable[[str], str]
+    classifier: str
+
+
+def family_of(backbone: str) -> Family:
+    """The family that has `backbone`. InputError where none has."""
+    for family in FAMILIES.values():
+        if backbone in family.names:
+            return family
+    known = [name for family in FAMILIES.values() for name in family.names]
+    raise InputError(f"backbone.name={backbone}: unknown; one of {listed(known, 20)}")
+
+
 def build_network(backbone: str, classes: int, hidden: int | None = 150, dropout: float = 0.5) -> Staged:
     """A randomly initialised `Staged` network for one grey channel; torchvision's initialisation, our head.
 
     The first convolution's three filters are summed, which is exact for grey input when all channels share one mean
     and standard deviation. ResNets pool to 1x1, VGGs to 7x7 (25,088 features).
     """
-    if backbone not in BACKBONES:
-        raise InputError(f"backbone.name={backbone}: unknown; one of {listed(BACKBONES, 20)}")
-    if backbone in RESNETS:
-        whole = models.get_model(backbone, weights=None)
-        stages, features = _resnet_stages(whole), whole.fc.in_features
-    else:
-        stages, features = _vgg_stages(_vgg_features(backbone)), 512 * 7 * 7
+    stages, features = family_of(backbone).stages(backbone)
     return Staged(OrderedDict([*stages.items(), ("head", _head(features, classes, hidden, dropout))]))
-
-
-def torchvision_name(name: str) -> str:
-    """What torchvision calls the backbone tensor that `build_network` calls `name`."""
-    stage, _, rest = name.partition(".")
-    if stage == "stem":
-        return rest
-    return f"features.{rest}" if stage.startswith("block") else name
 
 
 def freeze_depth(network: Staged, strategy: str, freeze_until: str | None = None) -> str | None:
@@ -129,40 +140,6 @@ def freeze_report(network: Staged) -> list[StageReport]:
     return lines
 
 
-def _resnet_stages(whole: models.ResNet) -> dict[str, nn.Module]:
-    stem = nn.Sequential(
-        OrderedDict(conv1=grey_convolution(whole.conv1), bn1=whole.bn1, relu=whole.relu, maxpool=whole.maxpool)
-    )
-    layers: dict[str, nn.Module] = {f"layer{k}": getattr(whole, f"layer{k}") for k in range(1, 5)}
-    return {"stem": stem, **layers, "pool": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())}
-
-
-def _vgg_features(backbone: str) -> nn.Sequential:
-    """The convolutional part with torchvision's initialisation, without its classifier of 120 million parameters."""
-    with torch.device("meta"):
-        features: nn.Sequential = models.get_model(backbone, weights=None).features
-    features.to_empty(device="cpu")
-    for layer in features:
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # VGG's convolutions have one
-        elif isinstance(layer, nn.BatchNorm2d):
-            layer.reset_parameters()
-    return features
-
-
-def _vgg_stages(features: nn.Sequential) -> dict[str, nn.Module]:
-    """block1 to block5, each up to and including its max-pooling; layers keep torchvision's numbers."""
-    stages: dict[str, nn.Module] = {}
-    block: OrderedDict[str, nn.Module] = OrderedDict()
-    for number, layer in enumerate(features):
-        block[str(number)] = grey_convolution(layer) if number == 0 and isinstance(layer, nn.Conv2d) else layer
-        if isinstance(layer, nn.MaxPool2d):
-            stages[f"block{len(stages) + 1}"] = nn.Sequential(block)
-            block = OrderedDict()
-    return {**stages, "pool": nn.Sequential(nn.AdaptiveAvgPool2d(7), nn.Flatten())}
-
-
 def grey_convolution(convolution: nn.Conv2d) -> nn.Conv2d:
     """A one-channel convolution that does to grey what `convolution` does to three equal channels."""
     grey = nn.Conv2d(
@@ -180,6 +157,42 @@ def grey_convolution(convolution: nn.Conv2d) -> nn.Conv2d:
     return grey
 
 
+def _resnet_stages(backbone: str) -> tuple[dict[str, nn.Module], int]:
+    whole = models.get_model(backbone, weights=None)
+    stem = nn.Sequential(
+        OrderedDict(conv1=grey_convolution(whole.conv1), bn1=whole.bn1, relu=whole.relu, maxpool=whole.maxpool)
+    )
+    layers: dict[str, nn.Module] = {f"layer{k}": getattr(whole, f"layer{k}") for k in range(1, 5)}
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return {"stem": stem, **layers, "pool": pool}, whole.fc.in_features
+
+
+def _vgg_stages(backbone: str) -> tuple[dict[str, nn.Module], int]:
+    """block1 to block5, each up to and including its max-pooling; layers keep torchvision's numbers."""
+    stages: dict[str, nn.Module] = {}
+    block: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, layer in enumerate(_vgg_features(backbone)):
+        block[str(number)] = grey_convolution(layer) if number == 0 and isinstance(layer, nn.Conv2d) else layer
+        if isinstance(layer, nn.MaxPool2d):
+            stages[f"block{len(stages) + 1}"] = nn.Sequential(block)
+            block = OrderedDict()
+    return {**stages, "pool": nn.Sequential(nn.AdaptiveAvgPool2d(7), nn.Flatten())}, 512 * 7 * 7
+
+
+def _vgg_features(backbone: str) -> nn.Sequential:
+    """The convolutional part with torchvision's initialisation, without its classifier of 120 million parameters."""
+    with torch.device("meta"):
+        features: nn.Sequential = models.get_model(backbone, weights=None).features
+    features.to_empty(device="cpu")
+    for layer in features:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # VGG's convolutions have one
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.reset_parameters()
+    return features
+
+
 def _head(features: int, classes: int, hidden: int | None, dropout: float) -> nn.Sequential:
     if hidden is None:
         return nn.Sequential(OrderedDict(out=nn.Linear(features, classes)))
@@ -191,3 +204,10 @@ def _head(features: int, classes: int, hidden: int | None, dropout: float) -> nn
             out=nn.Linear(hidden, classes),
         )
     )
+
+
+FAMILIES = {
+    "resnet": Family(RESNETS, _resnet_stages, lambda name: name.removeprefix("stem."), "fc"),
+    "vgg": Family(VGGS, _vgg_stages, lambda name: f"features.{name.partition('.')[2]}", "classifier"),
+}
+BACKBONES = tuple(name for family in FAMILIES.values() for name in family.names)

@@ -7,16 +7,14 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torchvision import models
 
 from covid_cls.errors import InputError, listed
-from covid_cls.models.backbones import Staged, torchvision_name
+from covid_cls.models.backbones import Staged, family_of
+from covid_cls.models.files import read_tensors
 from covid_cls.records import file_sha256
 
 log = logging.getLogger(__name__)
@@ -91,40 +89,30 @@ def _existing(source: str) -> Path:
     if "://" in source:
         raise InputError(f"backbone.weights={source}: addresses are not loaded; download the file and give its path")
     path = Path(source)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise InputError(f"backbone.weights={source}: no such file (looked in {Path.cwd()}); or auto, imagenet, none")
     return path
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: cannot be read as weights ({_first_line(error)})") from error
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError, KeyError …
-        raise InputError(
-            f"{path}: not a file of plain tensors ({type(error).__name__}); pickled code is never executed. "
-            "Give a state dict (.pth) or .safetensors"
-        ) from error
+    state = read_tensors(path, "Give a state dict (.pth) or .safetensors", legacy=True)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise InputError(f"{path}: expected a dictionary of tensors in torchvision's layout")
     return state
 
 
 def _fill(network: Staged, backbone: str, path: Path, asked: str, used: str) -> WeightsReport:
-    own = _backbone_tensors(network)
-    state = _read(path)
-    found = {name: state[torchvision_name(name)] for name in own if torchvision_name(name) in state}
+    own, family = _backbone_tensors(network), family_of(backbone)
+    theirs = {family.torchvision_name(name): name for name in own}
+    state = {name: tensor for name, tensor in _read(path).items() if name.partition(".")[0] != family.classifier}
+    found = {theirs[name]: tensor for name, tensor in state.items() if name in theirs}
     first = next(iter(own))
-    if first in found and found[first].ndim == 4 and found[first].shape[1] == 3:
+    grey = own[first].shape
+    if first in found and found[first].shape == (grey[0], 3, *grey[2:]):
         found[first] = found[first].sum(dim=1, keepdim=True)  # exact for grey: see build_network
-    known = {torchvision_name(name) for name in own}
-    foreign = [name for name in state if name.startswith(("layer", "features.")) and name not in known]
+    foreign = [name for name in state if name not in theirs]
     if found and foreign:  # resnet34 holds every tensor of resnet18, and more between them
         raise InputError(f"{path}: is another network's than {backbone}, which has no {listed(foreign, 3)}")
     # Older files count no batches, and the count decides nothing.
@@ -159,6 +147,9 @@ def _check(
     ]
     if wrong:
         raise InputError(f"{path}: shapes are not those of {backbone}: {listed(wrong, 5)}")
+    kinds = [f"{name} {t.dtype}" for name, t in sorted(found.items()) if _kind(t) != _kind(own[name])]
+    if kinds:
+        raise InputError(f"{path}: holds numbers of another kind than {backbone}'s: {listed(kinds, 5)}")
     broken = [name for name, tensor in sorted(found.items()) if not torch.isfinite(tensor).all()]
     if broken:
         raise InputError(f"{path}: holds non-finite values in {listed(broken, 5)}")
@@ -168,6 +159,10 @@ def _check(
             f"{path}: {len(missing)} tensors of the frozen stages are missing: {listed(missing, 4)}. A frozen stage "
             f"needs its weights: take a complete file, or freeze less (strategy=partial, strategy=full)"
         )
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _backbone_tensors(network: Staged) -> dict[str, Tensor]:
@@ -190,7 +185,3 @@ def _reachable(url: str) -> bool:
     thread.start()
     thread.join(PROBE_SECONDS)
     return answer == [True]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -24,7 +24,8 @@ from covid_cls.data.manifest import SPLITS
 from covid_cls.data.store import read_rows
 from covid_cls.evaluation.intervals import Interval
 from covid_cls.evaluation.summary import without_nan
-from covid_cls.reporting.html import INK, Section, bullets, figure, page, paragraph, table
+from covid_cls.reporting.figures import INK
+from covid_cls.reporting.html import Section, bullets, figure, page, paragraph, table
 
 _SHOWN = 5  # examples of a finding on the page; audit.json has all
 _MOST_PAIRS = 12

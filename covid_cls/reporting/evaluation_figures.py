@@ -6,8 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from covid_cls.evaluation.intervals import proportion_interval
-from covid_cls.reporting.figures import CLASS_COLOURS, canvas
-from covid_cls.reporting.html import INK
+from covid_cls.reporting.figures import CLASS_COLOURS, INK, canvas
 
 _QUIET = "#8A8F98"
 _AFTER, _BEFORE = CLASS_COLOURS["covid"], _QUIET

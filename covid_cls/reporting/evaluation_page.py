@@ -8,7 +8,7 @@ import numpy as np
 
 from covid_cls.evaluation.predictions import Predictions
 from covid_cls.labels import Task
-from covid_cls.records import whole_file, write_json
+from covid_cls.records import DISCLAIMER, whole_file, write_json
 from covid_cls.reporting import html
 from covid_cls.reporting.evaluation_figures import decision_curves, reliability_curves
 from covid_cls.reporting.figures import confusion_matrix, save_figure
@@ -43,7 +43,7 @@ def write_evaluation(output: Path, record: dict[str, Any], scored: Predictions) 
     record: with subject, split and, for a run's test split, openings. scored: the predictions that it is about.
     """
     task, tables = scored.task, [scored.table]
-    write_json(output / "metrics.json", {"disclaimer": html.DISCLAIMER, **record})
+    write_json(output / "metrics.json", {"disclaimer": DISCLAIMER, **record})
     drawn = {
         "roc": (roc_figure(tables, task), "Each class against the rest."),
         "precision_recall": (precision_recall_figure(tables, task), "Depends on how frequent a class is here."),
@@ -85,7 +85,7 @@ def text_lines(record: dict[str, Any]) -> list[str]:
             f"calibration {name} temperature: ECE {_number(gap['value'])} (a perfect model: {_number(gap['null'])}), "
             f"slope {_shown(part['slope'], 2)}"
         )
-    return [*lines, *(f"note: {note}" for note in record["notes"]), *_openings(record), html.DISCLAIMER]
+    return [*lines, *(f"note: {note}" for note in record["notes"]), *_openings(record), DISCLAIMER]
 
 
 _POINT_HEADS = ("", "threshold", *_RATES.values())

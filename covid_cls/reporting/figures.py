@@ -23,7 +23,8 @@ from covid_cls.records import whole_file
 # Okabe and Ito's palette, told apart by colour-blind readers.
 CLASS_COLOURS = {"covid": "#D55E00", "normal": "#0072B2", "pneumonia": "#009E73"}
 _SPLIT_COLOURS = {"train": "#8A8F98", "val": "#0072B2"}
-_INK, _QUIET = "#22262B", "#8A8F98"
+INK = "#22262B"  # on a page, what is drawn in this colour takes the page's own, light or dark
+_QUIET = "#8A8F98"
 _SHARES = LinearSegmentedColormap.from_list("shares", ["#F3F6F9", "#5B9BC9"])  # ink stays legible on the darkest
 _AXIS_LABELS = {"accuracy": "accuracy (fraction of images)"}
 
@@ -50,7 +51,7 @@ def learning_curves(history: pd.DataFrame, metric: str, *, best_epoch: int | Non
         axes.set(xticks=[], yticks=[])
     if best_epoch is not None:
         axes.axvline(
-            best_epoch, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), label=f"selected: epoch {best_epoch}"
+            best_epoch, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label=f"selected: epoch {best_epoch}"
         )
     axes.set_xlabel("epoch")
     axes.set_ylabel(_AXIS_LABELS.get(metric, metric))
@@ -76,14 +77,14 @@ def confusion_matrix(counts: npt.ArrayLike, classes: Sequence[str], title: str) 
     axes.imshow(shares, cmap=_SHARES, vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(cells):
         share = f"{shares[row, column]:.1%}" if totals[row, 0] else "–"
-        axes.text(column, row, f"{count}\n{share}", ha="center", va="center", color=_INK, fontsize=12)
+        axes.text(column, row, f"{count}\n{share}", ha="center", va="center", color=INK, fontsize=12)
     axes.set_xticks(range(len(classes)), classes)
     axes.set_yticks(range(len(classes)), [f"{name}\nn = {n}" for name, n in zip(classes, totals[:, 0], strict=True)])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("decision")
     axes.set_ylabel("truth")
-    axes.set_title(title, fontsize=12, color=_INK, wrap=True)
+    axes.set_title(title, fontsize=12, color=INK, wrap=True)
     return figure
 
 
@@ -124,7 +125,7 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_QUIET)
-    axes.tick_params(labelsize=10, color=_QUIET, labelcolor=_INK)
-    axes.xaxis.label.set(fontsize=11, color=_INK)
-    axes.yaxis.label.set(fontsize=11, color=_INK)
+    axes.tick_params(labelsize=10, color=_QUIET, labelcolor=INK)
+    axes.xaxis.label.set(fontsize=11, color=INK)
+    axes.yaxis.label.set(fontsize=11, color=INK)
     return figure, axes

@@ -9,10 +9,8 @@ from typing import NamedTuple
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from covid_cls.records import digest
-
-DISCLAIMER = "Research use, not for diagnosis."
-INK = "#22262B"  # what figures draw in this colour takes the page's own, light or dark
+from covid_cls.records import DISCLAIMER, digest
+from covid_cls.reporting.figures import INK
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #22262b; --quiet: #5d646d; --line: #d9dde2; --paper: #ffffff;

@@ -17,8 +17,7 @@ from covid_cls.evaluation.intervals import Interval
 from covid_cls.evaluation.metrics import Floats, Indices, confusion, decide, positives
 from covid_cls.evaluation.summary import truth_and_prob
 from covid_cls.labels import POSITIVE, Task
-from covid_cls.reporting.figures import CLASS_COLOURS, canvas
-from covid_cls.reporting.html import INK
+from covid_cls.reporting.figures import CLASS_COLOURS, INK, canvas
 
 KIND_COLOURS = {"network": "#0072B2", "probe": "#D55E00", "published": "#8A8F98"}
 _QUIET = "#8A8F98"

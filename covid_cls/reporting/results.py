@@ -1,6 +1,5 @@
 """What a finished run leaves for its readers: predictions, metrics, history, pictures, and a few lines of text."""
 
-import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -8,34 +7,43 @@ from typing import Any
 import pandas as pd
 from pytorch_lightning.loggers import TensorBoardLogger
 
+from covid_cls.artifact.files import CARD, MODEL
+from covid_cls.artifact.record import best_epoch, write_model
+from covid_cls.data.datamodule import Radiographs
 from covid_cls.evaluation.summary import summarise
-from covid_cls.labels import Task
-from covid_cls.records import read_json, read_predictions, whole_file, write_json, write_predictions
+from covid_cls.models.scorer import Scorer
+from covid_cls.records import (
+    DISCLAIMER,
+    read_json,
+    read_predictions,
+    whole_file,
+    write_json,
+    write_predictions,
+)
 from covid_cls.reporting.figures import confusion_matrix, learning_curves, roc_curves, save_figure
-from covid_cls.reporting.html import DISCLAIMER
 from covid_cls.reporting.tensorboard import write_hparams, write_text
+from covid_cls.training.run import Run
 
 
 def write_results(
-    folder: Path,
+    run: Run,
     tables: dict[str, pd.DataFrame],
-    task: Task,
+    scorer: Scorer,
+    data: Radiographs,
     history: list[dict[str, float]],
     logger: Any,
-    record: dict[str, Any],
 ) -> None:
-    """Write predictions-<split>.csv, metrics.json, history.csv, figures/ and TensorBoard's last entries of a run.
+    """Write predictions-<split>.csv, metrics.json, history.csv, figures/, model/ and TensorBoard's last entries.
 
-    tables: a predictions table per split. history: an epoch's numbers per row. record: run.json. Every number of
-    metrics.json is a function of the validation table alone: the test predictions are written and not read, until
-    `evaluate` or `report` is asked for them.
+    tables: a predictions table per split. history: an epoch's numbers per row. Every number but the test predictions
+    is a function of training and validation: those are written and not read, until `evaluate` or `report` is asked.
     """
+    folder, record, task = run.folder, run.record, scorer.task
     for split, table in tables.items():
         write_predictions(table, folder / f"predictions-{split}.csv")
     # What is reported comes from the file, to the last digit: anyone can compute it again.
     val = read_predictions(folder / "predictions-val.csv", task.classes)
-    best = min(history, key=lambda row: row.get("loss/val", math.inf))
-    metrics: dict[str, Any] = {"val": summarise(val, task), "best_epoch": int(best["epoch"]) + 1}
+    metrics: dict[str, Any] = {"val": summarise(val, task), "best_epoch": int(best_epoch(history)["epoch"]) + 1}
     metrics |= {"notes": record["notes"], "disclaimer": DISCLAIMER}
     write_json(folder / "metrics.json", metrics)
     epochs = pd.DataFrame(history)
@@ -48,19 +56,17 @@ def write_results(
     figure = confusion_matrix(metrics["val"]["confusion"]["counts"], task.classes, f"validation, {len(val)} images")
     save_figure(figure, folder / "figures" / "confusion-val.png")
     save_figure(roc_curves(val, task), folder / "figures" / "roc-val.png")
+    write_model(folder, record, scorer, data, history)
     if isinstance(logger, TensorBoardLogger):
-        config = record["config"]
-        hparams = {
-            "task": task.name,
-            "backbone": config["backbone"]["name"],
-            "strategy": config["strategy"]["freeze_until"] or config["strategy"]["name"],
-            "loss": config["loss"]["name"],
-            "weights": record["weights"]["used"],
-            "seed": int(config["seed"]),
-        }
-        keys = ("loss/val", "auroc/val", "f1/val", "accuracy/val")
-        write_hparams(logger, hparams, {f"best/{key.replace('/', '_')}": best[key] for key in keys})
-        write_text(logger, "run", "\n".join([f"- {note}" for note in record["notes"]] + [f"- {DISCLAIMER}"]))
+        _finish_board(folder, record, history, logger)
+
+
+def _finish_board(
+    folder: Path, record: dict[str, Any], history: list[dict[str, float]], logger: TensorBoardLogger
+) -> None:
+    """The run's HParams row and its cards."""
+    write_hparams(logger, record, best_epoch(history))
+    write_text(logger, "model_card", (folder / MODEL / CARD).read_text(encoding="utf-8"))
 
 
 def report_lines(folder: Path) -> list[str]:

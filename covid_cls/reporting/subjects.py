@@ -1,26 +1,30 @@
 """What can be evaluated: a run's test split, other images in a run's network, a predictions CSV from any hand."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from covid_cls.artifact.files import MODEL
 from covid_cls.errors import InputError
-from covid_cls.evaluation.operating import fit_operating, frozen_operating
+from covid_cls.evaluation.operating import check_targets, fit_operating, frozen_operating
 from covid_cls.evaluation.predictions import Predictions, finished_run, read_scores, refuse_shared
 from covid_cls.labels import Task
 from covid_cls.records import write_predictions
 from covid_cls.reporting.ledger import record_opening
 
-if TYPE_CHECKING:
-    from covid_cls.training.classifier import Classifier
+_UNKNOWN = "whether the model was trained on some of these images is not known; give its run= to have that checked"
 
 
 class Subject(NamedTuple):
-    """Predictions, what was fitted on validation (None without one), where results go, and facts for metrics.json."""
+    """Predictions, what was fitted on validation (None without one), where results go, and facts for metrics.json.
+
+    model: the folder of the model whose card these results belong into, if there is one.
+    """
 
     scored: Predictions
     operating: dict[str, Any] | None
     output: Path
     facts: dict[str, Any]
+    model: Path | None = None
 
 
 def run_subject(folder: Path, targets: dict[str, float], command: str) -> Subject:
@@ -35,33 +39,34 @@ def run_subject(folder: Path, targets: dict[str, float], command: str) -> Subjec
         raise InputError(f"{path}: no such file; train the run with test=true to have its test split scored")
     openings = record_opening(folder, command)
     facts = {"subject": folder.name, "split": "test", "openings": openings._asdict()}
-    return Subject(_noted(read_scores(path, task), run.get("notes", [])), operating, folder / "evaluation", facts)
+    scored = _noted(read_scores(path, task), run.get("notes", []))
+    model = folder / MODEL if (folder / MODEL).is_dir() else None
+    return Subject(scored, operating, folder / "evaluation", facts, model)
 
 
 def external_subject(folder: Path, targets: dict[str, float], data: dict[str, Any], output: Path | None) -> Subject:
-    """What a finished run's network makes of the images that `data` names (see `ExternalRadiographs`).
+    """What the model in `folder`, a run's or its own, makes of the images of `data` (see `ExternalRadiographs`).
 
-    With the run's own preprocessing, temperature and thresholds. predictions-external.csv goes to `output`.
+    With its own preprocessing, temperature and thresholds, to which `targets` must fit. predictions-external.csv goes
+    to `output`. Images that the model has seen are noted, where the run is known.
     """
     # Imported late: a predictions table needs no torch.
-    import torch
-
+    from covid_cls.artifact.model import load
     from covid_cls.data.external import SPLIT, ExternalRadiographs, seen_in_training
-    from covid_cls.training.checkpoints import load_classifier
     from covid_cls.training.predict import predict_split
 
-    run, task = finished_run(folder)
-    operating = frozen_operating(folder, task, **targets)
-    classifier: Classifier = load_classifier(folder / "checkpoints" / "best.ckpt")
-    classifier.to("cuda" if torch.cuda.is_available() else "cpu")
-    size, crop = classifier.preprocess.size, classifier.preprocess.crop
-    images = ExternalRadiographs(task, size, crop, **data)
+    config = finished_run(folder)[0]["config"] if (folder / "run.json").is_file() else None
+    model = load(folder)
+    operating = check_targets(model.record["operating"], targets, folder)
+    view = model.scorer.preprocess
+    images = ExternalRadiographs(model.task, view.size, view.crop, **data)
     output = output or folder / f"evaluation-{images.name}"
     path = output / "predictions-external.csv"
-    write_predictions(predict_split(classifier, images, SPLIT), path)
-    notes = [*images.notes, *seen_in_training(images.table, run["config"]["data"]), *run.get("notes", [])]
-    facts = {"subject": f"{folder.name} on {images.name}", "split": SPLIT}
-    return Subject(_noted(read_scores(path, task), notes), operating, output, facts)
+    write_predictions(predict_split(model.scorer, images, SPLIT), path)
+    seen = seen_in_training(images.table, config["data"]) if config else [_UNKNOWN]
+    name = model.record["name"]
+    scored = _noted(read_scores(path, model.task), [*images.notes, *seen, *model.record["notes"]])
+    return Subject(scored, operating, output, {"subject": f"{name} on {images.name}", "split": SPLIT})
 
 
 def csv_subject(path: Path, targets: dict[str, float], validation: Path | None, task: Task | None) -> Subject:

@@ -1,70 +1,86 @@
-"""What TensorBoard shows beside the scalars: confusion matrices, what the network was fed, and the HParams row."""
+"""What TensorBoard is told of a run as a whole: its charts, its row in the HParams tab, its texts."""
 
 from typing import Any
 
-import pytorch_lightning as pl
-import torch
-from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
-from torchvision.utils import make_grid
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import api_pb2, metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 
-from covid_cls.evaluation.metrics import confusion, decide
-from covid_cls.reporting.figures import confusion_matrix
+# Each chart lays the runs that are ticked over one another. TensorBoard joins equal layouts of many runs into one, so
+# that it must not depend on the task; tags are regular expressions, matched from the start.
+_CHARTS = {
+    "validation": {
+        "loss": ["loss/val$"],
+        "AUROC, mean over classes": ["auroc/val$"],
+        "AUROC of covid": ["auroc/val/covid$"],
+        "accuracy": ["accuracy/val$"],
+        "F1, mean over classes": ["f1/val$"],
+        "sensitivity to covid": ["sensitivity/val/covid$"],
+    },
+    "generalisation": {
+        f"{shown}: training and validation": [f"{name}/train$", f"{name}/val$"]
+        for name, shown in (("loss", "loss"), ("auroc", "AUROC"), ("accuracy", "accuracy"))
+    },
+    "running": {
+        "learning rates: head and pretrained backbone": ["lr/head$", "lr/backbone$"],  # the latter may be missing
+        "speed: images per second": ["speed/images_per_second$"],
+    },
+}
+# Tags and what the HParams tab calls them; it shows five of each kind at first.
+_BEST = {
+    "loss/val": "loss",
+    "auroc/val": "AUROC",
+    "accuracy/val": "accuracy",
+    "f1/val": "F1",
+    "sensitivity/val/covid": "covid sensitivity",
+}
 
 
-class EpochImages(Callback):
-    """Writes, each `every` epochs, the validation confusion matrix and `images` of the first training batch.
+def write_layout(logger: TensorBoardLogger) -> None:
+    """Give the Custom Scalars tab its charts, the same ones whatever the run."""
+    charts = {kind: {title: ["Multiline", tags] for title, tags in rows.items()} for kind, rows in _CHARTS.items()}
+    logger.experiment.add_custom_scalars(charts)
 
-    Reads the logits that validation returns and the batch that training was given, never the network.
+
+def write_hparams(logger: TensorBoardLogger, record: dict[str, Any], best: dict[str, float]) -> None:
+    """Give the run its row in the HParams tab: what sets cells apart, and the selected epoch's validation scores.
+
+    record: run.json. best: the numbers of that epoch, see `EpochHistory`; the scores become scalars `best/...` at its
+    number. To be called once, at the end: a row that is written at the start shows no metric, or an earlier one.
     """
-
-    def __init__(self, every: int = 5, images: int = 16) -> None:
-        self.every, self.images = every, images
-        self._scores: list[torch.Tensor] = []
-        self._truth: list[torch.Tensor] = []
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Write the augmented images of an epoch's first batch as the network gets them."""
-        writer = _writer(trainer)
-        if batch_idx or writer is None or not self._due(trainer) or batch.stage > 0:
-            return
-        view = batch.x[: self.images].float().cpu() * pl_module.preprocess.sd + pl_module.preprocess.mean
-        writer.add_image("images/train_batch", make_grid(view.clamp(0, 1), nrow=8), trainer.current_epoch)
-
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Forget the last epoch."""
-        self._scores, self._truth = [], []
-
-    def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Keep the batch's probabilities."""
-        self._scores.append(pl_module.probabilities(outputs))
-        self._truth.append(batch.y)
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Write the confusion matrix over this process's validation images."""
-        writer = _writer(trainer)
-        if writer is None or not self._due(trainer) or not self._scores:
-            return
-        task = pl_module.task
-        decided = decide(torch.cat(self._scores).cpu().numpy(), task)
-        counts = confusion(torch.cat(self._truth).cpu().numpy(), decided, len(task.classes))
-        figure = confusion_matrix(counts, task.classes, f"validation, epoch {trainer.current_epoch + 1}")
-        writer.add_figure("confusion_matrix/val", figure, trainer.current_epoch)
-
-    def _due(self, trainer: pl.Trainer) -> bool:
-        last = trainer.current_epoch + 1 == trainer.max_epochs
-        return trainer.current_epoch % self.every == 0 or last
-
-
-def write_hparams(logger: TensorBoardLogger, hparams: dict[str, str | float | int], metrics: dict[str, float]) -> None:
-    """Give the run its row in the HParams tab: few typed hyper-parameters and final metrics, written once, at the end.
-
-    A row written at the start would show -1 for a metric until the end, and a None makes a run vanish from the tab.
-    """
-    logger.log_hyperparams(hparams, metrics)
-    logger.save()
+    hparams = _hparams(record)
+    # TensorBoard shows the five first columns, those said to differ before others, each part in the alphabet's order.
+    first = {"task", "backbone", "strategy", "loss", "seed" if hparams["fold"] == "-" else "fold"}
+    columns = [
+        api_pb2.HParamInfo(
+            name=name,
+            type=api_pb2.DATA_TYPE_STRING if isinstance(value, str) else api_pb2.DATA_TYPE_FLOAT64,
+            differs=name in first,
+        )
+        for name, value in hparams.items()
+    ]
+    scores = [
+        api_pb2.MetricInfo(name=api_pb2.MetricName(tag=f"best/{tag.replace('/', '_')}"), display_name=f"{shown} (val)")
+        for tag, shown in _BEST.items()
+    ]
+    # Not by the logger's log_hyperparams: without a group's name the row is called by the first letters of the cell,
+    # which all cells of a sweep share.
+    start = SessionStartInfo(group_name=record["cell"].rpartition("-")[2])
+    for name, value in hparams.items():
+        setattr(start.hparams[name], "string_value" if isinstance(value, str) else "number_value", value)
+    writer = logger.experiment
+    for tag, content in (
+        (metadata.EXPERIMENT_TAG, {"experiment": api_pb2.Experiment(hparam_infos=columns, metric_infos=scores)}),
+        (metadata.SESSION_START_INFO_TAG, {"session_start_info": start}),
+        (metadata.SESSION_END_INFO_TAG, {"session_end_info": SessionEndInfo(status=api_pb2.STATUS_SUCCESS)}),
+    ):
+        about = metadata.create_summary_metadata(HParamsPluginData(**content))
+        value = Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)
+        writer._get_file_writer().add_summary(Summary(value=[value]))
+    for tag in _BEST:
+        writer.add_scalar(f"best/{tag.replace('/', '_')}", best[tag], int(best["epoch"]) + 1)
+    writer.flush()
 
 
 def write_text(logger: TensorBoardLogger, tag: str, markdown: str) -> None:
@@ -72,8 +88,22 @@ def write_text(logger: TensorBoardLogger, tag: str, markdown: str) -> None:
     logger.experiment.add_text(tag, markdown)
 
 
-def _writer(trainer: pl.Trainer) -> Any:
-    """The SummaryWriter of this run, or None where nothing is to be written."""
-    if not trainer.is_global_zero or trainer.sanity_checking:
-        return None
-    return next((logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
+def _hparams(record: dict[str, Any]) -> dict[str, str | float]:
+    """Few typed values by which a run is known; the same names in each, for the tab takes them from one run."""
+    config = record["config"]
+    data = config["data"]
+    return {
+        "task": config["task"]["name"],
+        "backbone": config["backbone"]["name"],
+        "strategy": config["strategy"]["freeze_until"] or config["strategy"]["name"],
+        "loss": config["loss"]["name"],
+        "seed": str(config["seed"]),  # as a number it would be shown as 0.0000
+        "fold": "-" if data["folds"] is None else str(data["fold"]),
+        "split": f"by {data['group']}",
+        "weights": record["weights"]["used"].rpartition("/")[2],
+        "augment": config["augment"]["name"],
+        "optimizer": config["optimizer"]["name"],
+        "lr": float(config["optimizer"]["lr"]),
+        "feature_cache": config["feature_cache"],
+        "seen": config["preprocess"]["seen"],
+    }

@@ -12,7 +12,7 @@ from torchvision import models, transforms
 from torchvision.datasets import ImageFolder
 
 from covid_cls.labels import TASKS
-from covid_cls.models.backbones import build_network, freeze_depth, torchvision_name
+from covid_cls.models.backbones import build_network, family_of, freeze_depth
 from covid_cls.speed.child import Wire, say, wait_for_word
 from covid_cls.speed.clock import Stopwatch, peak_memory, synchronise
 
@@ -26,12 +26,12 @@ def plain_network(settings: dict[str, Any]) -> nn.Module:
     classes = len(TASKS[settings["task"]["name"]].classes)
     ours = build_network(backbone, classes, head["hidden"], head["dropout"])
     ours.freeze(freeze_depth(ours, strategy["name"], strategy["freeze_until"]))
-    free = {torchvision_name(name) for name, tensor in ours.named_parameters() if tensor.requires_grad}
+    family = family_of(backbone)
+    free = {family.torchvision_name(name) for name, tensor in ours.named_parameters() if tensor.requires_grad}
     network: nn.Module = models.get_model(backbone, weights=None)
-    where = "fc" if hasattr(network, "fc") else "classifier"
-    setattr(network, where, ours.get_submodule("head"))
+    setattr(network, family.classifier, ours.get_submodule("head"))
     for name, tensor in network.named_parameters():
-        tensor.requires_grad_(name in free or name.startswith(where))
+        tensor.requires_grad_(name in free or name.startswith(family.classifier))
     return network.train()
 
 

@@ -4,7 +4,6 @@ import math
 import os
 import pickle
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor
 
 from covid_cls.errors import InputError
+from covid_cls.models.files import read_tensors
 from covid_cls.records import whole_file
 from covid_cls.training.classifier import Classifier
 
@@ -71,19 +71,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The plain contents of a checkpoint file. InputError where it is none."""
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path}: no such checkpoint")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums that it wrote
-        if damaged:
-            raise ValueError(damaged)
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError, KeyError …
-        raise InputError(
-            f"{path}: not a checkpoint of plain tensors ({type(error).__name__}); pickled code is never executed. "
-            "If a crash broke it, delete it and start the command again"
-        ) from error
+    contents = read_tensors(path, "If a crash broke it, delete it and start the command again")
     if not isinstance(contents, dict) or "state_dict" not in contents or "hyper_parameters" not in contents:
         raise InputError(f"{path}: not a checkpoint of covid_cls")
     return contents

@@ -11,6 +11,7 @@ from covid_cls.labels import TASKS
 from covid_cls.models.backbones import build_network, freeze_depth
 from covid_cls.models.losses import Criterion, prior_bias, probabilities
 from covid_cls.models.prefix import Prefix
+from covid_cls.models.scorer import Scorer
 from covid_cls.models.transforms import Augment, Preprocess
 from covid_cls.records import Batch
 from covid_cls.training.metrics import EpochMetrics
@@ -67,11 +68,9 @@ class Classifier(pl.LightningModule):
         """Whether an image can carry several labels, so that each class has a sigmoid of its own."""
         return self.task.multilabel
 
-    def forward(self, x: Tensor, stage: int = 0) -> Tensor:
-        """Logits (N, classes) of uint8 canvases (N, 1, S, S), by the evaluation transform; or of stage's output."""
-        if stage == 0:
-            x = self.preprocess.normalise(self.preprocess.centre(x))
-        return self.net.run(x, start=stage)
+    def scorer(self) -> Scorer:
+        """The network with its preprocessing, sharing this one's weights, for scoring: in eval mode."""
+        return Scorer(self.task, self.net, self.preprocess).eval()
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """The batch on `device`, but for its index: augmentation draws are looked up on the host, without a wait."""

@@ -42,6 +42,7 @@ _NOT_IN_DIGEST = (
     "checkpoint_seconds",
     "audit",
     "probes",
+    "operating",
 )
 _DATA_NOT_IN_DIGEST = ("path", "root", "cache", "workers")
 

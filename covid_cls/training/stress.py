@@ -10,27 +10,27 @@ from torch import Tensor
 
 from covid_cls.data.datamodule import Radiographs
 from covid_cls.data.radiograph import with_marker
+from covid_cls.models.scorer import Scorer
 from covid_cls.records import write_predictions
-from covid_cls.training.classifier import Classifier
 from covid_cls.training.predict import predict_split
 
 CORNER = 1 / 5  # of the view's side: markers and labels lie there, and hardly any lung
 
 
-def stress_tables(classifier: Classifier, data: Radiographs, split: str) -> dict[str, pd.DataFrame]:
+def stress_tables(scorer: Scorer, data: Radiographs, split: str) -> dict[str, pd.DataFrame]:
     """Predictions tables of `split`, as `predict_split` gives them, on changed images: "corners" and "marker".
 
     corners: the four corners of what the network sees are black. marker: each image has the same bright framed L in the
     upper right corner of what the network sees. A network that reads the lungs decides as before.
     """
-    crop = classifier.preprocess.crop
+    crop = scorer.preprocess.crop
     changes = {"corners": _on_view(blacken_corners, crop), "marker": _on_view(paste_marker, crop)}
-    return {name: predict_split(classifier, data, split, change=change) for name, change in changes.items()}
+    return {name: predict_split(scorer, data, split, change=change) for name, change in changes.items()}
 
 
-def write_stress(classifier: Classifier, data: Radiographs, folder: Path, split: str) -> None:
+def write_stress(scorer: Scorer, data: Radiographs, folder: Path, split: str) -> None:
     """Write `folder`/<change>-<split>.csv: the predictions tables of `stress_tables`."""
-    for name, table in stress_tables(classifier, data, split).items():
+    for name, table in stress_tables(scorer, data, split).items():
         write_predictions(table, folder / f"{name}-{split}.csv")
 
 

@@ -191,7 +191,7 @@ def test_probes_of_a_run_have_its_rows_and_the_meaning_of_its_columns(data: Radi
     assert set(found) == {f"{name}-{split}" for name in PROBES for split in ("val", "test")}
     classifier = make_classifier(compose_small(f"task={data.task.name}", "backbone=resnet18"))
     for split in ("val", "test"):
-        ids = predict_split(classifier, data, split).iloc[:, :6]
+        ids = predict_split(classifier.scorer(), data, split).iloc[:, :6]
         for name in PROBES:
             table = found[f"{name}-{split}"]
             assert table["image_id"].tolist() == ids["image_id"].tolist()

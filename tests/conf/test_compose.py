@@ -1,13 +1,14 @@
 """Every option of conf/ composes, and every section fits the constructor that takes it."""
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from covid_cls.command import check_section, conf_folder
 from covid_cls.labels import TASKS
@@ -112,6 +113,25 @@ def test_seed_protocol_is_the_published_one() -> None:
 def test_a_misspelt_key_or_a_wrong_type_is_named(section: dict[str, Any], message: str) -> None:
     with pytest.raises(Exception, match=message):
         check_section("optimizer", build_optimizer, section)
+
+
+HELPED = ("train", "evaluate", "audit", "report", "benchmark")
+
+
+@pytest.mark.parametrize("command", HELPED)
+def test_help_explains_each_key_of_its_command(command: str) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        chosen = compose(command, return_hydra_config=True).hydra.runtime.choices["hydra/help"]
+    template = OmegaConf.to_container(OmegaConf.load(CONF / "hydra" / "help" / f"{chosen}.yaml"))["template"]  # type: ignore[index, call-overload]
+    own = OmegaConf.load(CONF / f"{command}.yaml")
+    assert isinstance(own, DictConfig)
+    words = set(re.findall(r"[\w.]+", template.partition("$CONFIG")[0]))
+    words |= {word.partition(".")[0] for word in words}
+    assert {str(key) for key in own if key not in ("defaults", "hydra")} <= words
+    assert f"python -m covid_cls.{command} " in template
+    assert all(len(line) <= 120 for line in template.splitlines())
+    named = set(re.findall(r"python -m covid_cls\.(\w+)", template))
+    assert all((CONF / f"{name}.yaml").is_file() for name in named)
 
 
 def test_no_configuration_names_our_own_code() -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.ndimage import binary_dilation, binary_erosion
 
 from covid_cls.data.phantom import COLUMNS, build_phantoms
+from covid_cls.data.radiograph import NARROWEST, SITES, Shadow, draw_radiograph, draw_vessels
 from covid_cls.errors import InputError
 from covid_cls.labels import CLASSES
 
@@ -42,7 +44,7 @@ def rows(clean: Path) -> list[dict[str, str]]:
 def test_same_arguments_same_bytes(tmp_path: Path) -> None:
     first, second = (build_phantoms(tmp_path / name, images=24, seed=1).parent for name in "ab")
     assert contents(first) == contents(second)
-    assert len(contents(first)) == 24 + 1  # no temporary file is left behind
+    assert len(contents(first)) == 2 * 24 + 1  # images, masks, manifest: no temporary file is left behind
 
 
 def test_another_seed_draws_other_pictures(tmp_path: Path, clean: Path, rows: list[dict[str, str]]) -> None:
@@ -54,7 +56,7 @@ def test_another_seed_draws_other_pictures(tmp_path: Path, clean: Path, rows: li
 def test_manifest_lists_every_image_once(clean: Path, rows: list[dict[str, str]]) -> None:
     assert tuple(rows[0]) == COLUMNS
     listed = [row["path"] for row in rows]
-    assert sorted(listed) == sorted(path.relative_to(clean).as_posix() for path in clean.rglob("*.png"))
+    assert sorted(listed) == sorted(path.relative_to(clean).as_posix() for path in (clean / "images").rglob("*.png"))
     assert all(row["path"].startswith(f"images/{row['label']}/") for row in rows)
     assert {row["view"] for row in rows} == {"PA", "AP"}
 
@@ -100,6 +102,37 @@ def test_images_are_grey_with_dark_lungs_and_a_bright_middle(clean: Path, rows: 
         spine = pixels[height // 3 : height // 2, int(0.47 * width) : int(0.53 * width)]
         lungs = pixels[height // 4 : height // 2, int(0.3 * width) : int(0.4 * width)]
         assert spine.mean() > lungs.mean() + 15
+
+
+def test_masks_fit_their_images_and_hold_the_dark_lungs(clean: Path, rows: list[dict[str, str]]) -> None:
+    for row in rows:
+        pixels = pixels_of(clean, row).astype(float)
+        with Image.open(clean / row["mask"]) as image:
+            assert (image.format, image.mode) == ("PNG", "1")
+            lungs = np.asarray(image)
+        assert lungs.shape == pixels.shape
+        assert 0.15 < lungs.mean() < 0.4
+        height, width = lungs.shape
+        assert not lungs[:, int(0.48 * width) : int(0.52 * width)].any()  # the spine
+        assert not lungs[int(0.95 * height) :].any()  # the belly
+        halves = lungs[:, : width // 2].mean(), lungs[:, width // 2 :].mean()
+        assert halves[0] > halves[1] > 0.5 * halves[0]  # the heart leaves the left lung smaller
+        around = binary_dilation(lungs, iterations=12) & ~binary_dilation(lungs, iterations=4)
+        assert pixels[around].mean() > pixels[lungs].mean() + 15
+
+
+def test_no_opacity_changes_a_pixel_outside_the_lungs() -> None:
+    chest, vessels = NARROWEST, draw_vessels(np.random.default_rng(0))
+    spots = [Shadow(0.6, 0.5, 0.2, 0.2, 1.7, side=side) for side in (-1, 1)]
+    clear, lungs = draw_radiograph(chest, vessels, [], SITES["site_a"], "PA", np.random.default_rng(1))
+    dense, same = draw_radiograph(chest, vessels, spots, SITES["site_a"], "PA", np.random.default_rng(1))
+    assert np.array_equal(lungs, same)
+    change = dense.astype(float) - clear
+    assert change[binary_erosion(lungs, iterations=8)].mean() > 20
+    # The edges of lungs and heart are soft, and a tenth of what lies behind the heart shows through.
+    assert np.abs(change[lungs]).sum() > 0.9 * np.abs(change).sum()
+    body = ~binary_dilation(lungs, iterations=16)
+    assert np.abs(change[body]).mean() < 0.02 * np.abs(change[lungs]).mean()
 
 
 def test_two_images_of_a_patient_differ(clean: Path, rows: list[dict[str, str]]) -> None:

@@ -639,3 +639,33 @@ def test_every_real_radiograph_decodes(name: str, cache: Path) -> None:
     store = open_store(table, hash_files(table, cache), size=32, canvas=32, cache=cache)
     assert store.bad == {}
     assert (store.images.reshape(len(table), -1).max(axis=1) > 0).all()
+
+
+WITHOUT_GUARD = """
+import sys
+from pathlib import Path
+from covid_cls.data import store
+from tests.data.test_store import image_set
+store._ALONE = 0  # so that processes decode
+table = image_set(Path(sys.argv[1]), 70)
+store.open_store(table, ["0"] * len(table), size=32, canvas=32, cache=Path(sys.argv[2]))
+"""
+
+
+def test_a_script_that_processes_would_run_again_fails_instead_of_waiting_for_itself(
+    tmp_path: Path, cache: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(WITHOUT_GUARD)
+    command = [sys.executable, str(script), str(tmp_path / "set"), str(cache)]
+    done = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 1
+    assert "if __name__ == '__main__':" in done.stderr
+    assert not list((cache / "store").glob("*.tmp*"))

@@ -12,21 +12,18 @@ from torchvision import models
 from covid_cls.errors import InputError
 from covid_cls.models.backbones import (
     BACKBONES,
-    RESNETS,
     STRATEGIES,
     VGGS,
     Staged,
     build_network,
+    family_of,
     freeze_depth,
     freeze_report,
     grey_convolution,
-    torchvision_name,
 )
 from covid_cls.models.weights import load_pretrained
-from tests.strategies import trainable_stages
+from tests.strategies import STAGES, family_name, trainable_stages
 
-RESNET_STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "pool", "head")
-VGG_STAGES = ("block1", "block2", "block3", "block4", "block5", "pool", "head")
 LAST_CONVOLUTIONS = {  # torchvision's numbers of the convolutions in a VGG's fifth block
     "vgg11": (16, 18),
     "vgg13": (20, 22),
@@ -37,7 +34,7 @@ LAST_CONVOLUTIONS = {  # torchvision's numbers of the convolutions in a VGG's fi
     "vgg16_bn": (34, 37, 40),
     "vgg19_bn": (40, 43, 46, 49),
 }
-HEADS = {"resnet18": 77_403, "resnet34": 77_403, "resnet50": 307_803}
+HEADS = {"resnet18": 77_403, "resnet34": 77_403, "resnet50": 307_803, **dict.fromkeys(VGGS, 3_763_803)}
 
 
 @pytest.fixture(scope="module", params=BACKBONES)
@@ -79,13 +76,13 @@ def test_a_network_can_be_left_and_entered_at_every_stage(built: tuple[str, Stag
 
 def test_stages_carry_these_names(built: tuple[str, Staged]) -> None:
     backbone, network = built
-    assert network.stage_names == (RESNET_STAGES if backbone in RESNETS else VGG_STAGES)
+    assert network.stage_names == STAGES[family_name(backbone)]
 
 
 def test_the_head_has_the_known_number_of_parameters(built: tuple[str, Staged]) -> None:
     backbone, network = built
     head = sum(p.numel() for p in network.get_submodule("head").parameters())
-    assert head == HEADS.get(backbone, 3_763_803)
+    assert head == HEADS[backbone]
 
 
 def test_the_random_start_is_torchvisions(built: tuple[str, Staged]) -> None:
@@ -108,11 +105,14 @@ def test_names_are_torchvisions(built: tuple[str, Staged]) -> None:
     with torch.device("meta"):
         theirs = models.get_model(backbone, weights=None).state_dict()
     ours = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("head.")}
-    assert {torchvision_name(name) for name in ours} == {n for n in theirs if not n.startswith(("fc.", "classifier."))}
-    first = next(iter(ours))
-    for name, tensor in ours.items():
+    family = family_of(backbone)
+    named = {family.torchvision_name(name): tensor for name, tensor in ours.items()}
+    assert len(named) == len(ours)
+    assert set(named) == {name for name in theirs if name.partition(".")[0] != family.classifier}
+    first = family.torchvision_name(next(iter(ours)))
+    for name, tensor in named.items():
         if name != first:
-            assert tensor.shape == theirs[torchvision_name(name)].shape, name
+            assert tensor.shape == theirs[name].shape, name
 
 
 @pytest.mark.parametrize("built", VGGS, indirect=True)

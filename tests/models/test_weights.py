@@ -171,8 +171,10 @@ def test_a_file_without_batch_counts_is_complete(network: Staged, complete: Stat
         ({"layer2.0.bn1.running_var": torch.full((128,), torch.nan)}, "non-finite.*layer2.0.bn1.running_var"),
         ({"layer3.1.conv2.weight": torch.full((256, 256, 3, 3), torch.inf)}, "non-finite.*layer3.1.conv2.weight"),
         ({"conv1.weight": torch.full((64, 3, 7, 7), torch.nan)}, "non-finite.*stem.conv1.weight"),
+        ({"bn1.weight": torch.ones(64, dtype=torch.int8)}, "another kind than resnet18's: stem.bn1.weight torch.int8"),
+        ({"projector.weight": torch.zeros(2)}, "another network's than resnet18, which has no projector.weight"),
     ],
-    ids=["kernel", "four channels", "nan statistics", "inf weights", "nan first layer"],
+    ids=["kernel", "four channels", "nan statistics", "inf weights", "nan first layer", "integers", "a layer too many"],
 )
 def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(
     network: Staged, complete: State, tmp_path: Path, change: State, says: str

@@ -14,9 +14,8 @@ from covid_cls.evaluation.comparison import compare_cells
 from covid_cls.evaluation.grid import point_scores, pool_folds
 from covid_cls.evaluation.intervals import proportion_interval
 from covid_cls.labels import TASKS
-from covid_cls.records import read_predictions
+from covid_cls.records import DISCLAIMER, read_predictions
 from covid_cls.reporting.collect import Sweep, collect
-from covid_cls.reporting.html import DISCLAIMER
 from covid_cls.reporting.measure import measure, measure_twins
 from covid_cls.reporting.published import REFERENCES, references
 from covid_cls.reporting.report_page import About, report_page

@@ -57,7 +57,7 @@ from covid_cls.training.predict import predict_split
 
 canvas = Augment(**settings["augment"]).canvas(settings["preprocess"]["crop"])
 data = Radiographs(TASKS[settings["task"]["name"]], canvas, settings["seed"], **{**settings["data"], "cache": cache})
-table = predict_split(load_classifier(Path(path)), data, "test")
+table = predict_split(load_classifier(Path(path)).scorer(), data, "test")
 assert not {"hydra", "omegaconf"} & sys.modules.keys()
 table.to_pickle(output)
 """
@@ -92,7 +92,7 @@ def test_a_bare_machine_predicts_from_a_checkpoint_what_training_predicted(
     trainer, _ = make_trainer(settings, folder)
     trainer.fit(classifier, data)
     best, output = folder / "checkpoints" / "best.ckpt", folder / "table.pkl"
-    expected = predict_split(classifier, data, "test")
+    expected = predict_split(classifier.scorer(), data, "test")
     run = subprocess.run(
         [sys.executable, "-c", ALONE, str(best), json.dumps(settings), str(cache), str(output)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

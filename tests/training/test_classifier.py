@@ -127,7 +127,7 @@ def test_training_sees_random_views_and_evaluation_the_centre_crop() -> None:
     assert not torch.allclose(first, fixed, atol=0.1)
     assert torch.equal(classifier.eval().on_after_batch_transfer(batch, 0).x, fixed)
     with torch.inference_mode():
-        assert torch.equal(classifier(batch.x), classifier.net(fixed))
+        assert torch.equal(classifier.scorer()(batch.x), classifier.net(fixed))
 
 
 def test_without_augmentation_training_sees_the_centre_crop() -> None:

@@ -211,8 +211,8 @@ def test_a_cache_that_would_outgrow_its_limit_is_refused_with_the_size_it_needs(
 def test_predictions_from_features_are_those_of_the_checkpoint(cache: Path, folder: Path) -> None:
     classifier, _, data = fit(folder, cache, *FP32, "strategy=fc", "feature_cache=exact")
     classifier.prefix = None
-    plain = predict_split(classifier, data, "test")
-    cached = predict_split(classifier, data, "test", prediction_features(classifier, data, ["test"], 1.0))
+    plain = predict_split(classifier.scorer(), data, "test")
+    cached = predict_split(classifier.scorer(), data, "test", prediction_features(classifier, data, ["test"], 1.0))
     assert list(plain["image_id"]) == list(cached["image_id"])
     scores = [name for name in plain.columns if name.startswith(("logit_", "prob_"))]
     np.testing.assert_allclose(cached[scores].to_numpy(), plain[scores].to_numpy(), rtol=0, atol=1e-5)
@@ -238,7 +238,7 @@ def test_bfloat16_decides_as_float32_does(strategy: str, cache: Path, folder: Pa
     with torch.inference_mode():
         for split in ("train", "val", "test"):
             for batch in data.ordered_loader(split):
-                exact.append(classifier(batch.x))
+                exact.append(classifier.scorer()(batch.x))
                 with torch.autocast("cpu", torch.bfloat16):
                     half.append(classifier._logits(classifier.on_after_batch_transfer(batch, 0)).float())
     wanted, found = torch.cat(exact), torch.cat(half)

@@ -49,8 +49,8 @@ def covid(table: pd.DataFrame) -> np.ndarray:
 def test_a_network_that_reads_the_marker_follows_it(data: Radiographs) -> None:
     side = CROP // 5
     classifier = classifier_of(Reader(slice(side), slice(-side, None)))
-    before = predict_split(classifier, data, "val")
-    changed = stress_tables(classifier, data, "val")
+    before = predict_split(classifier.scorer(), data, "val")
+    changed = stress_tables(classifier.scorer(), data, "val")
     assert covid(changed["marker"]).all()
     assert not covid(changed["corners"]).any()
     assert not covid(before).all()
@@ -59,16 +59,16 @@ def test_a_network_that_reads_the_marker_follows_it(data: Radiographs) -> None:
 def test_a_network_that_reads_the_middle_decides_as_before(data: Radiographs) -> None:
     middle = slice(CROP // 3, -CROP // 3)
     classifier = classifier_of(Reader(middle, middle))
-    before = predict_split(classifier, data, "val")
-    for table in stress_tables(classifier, data, "val").values():
+    before = predict_split(classifier.scorer(), data, "val")
+    for table in stress_tables(classifier.scorer(), data, "val").values():
         pd.testing.assert_frame_equal(table, before)
 
 
 def test_a_network_of_ours_gives_the_rows_of_its_own_predictions(data: Radiographs) -> None:
     settings = compose_small("task=binary", f"data.size={CROP}", f"preprocess.crop={CROP}", "backbone=resnet18")
     classifier = make_classifier(settings)
-    before = predict_split(classifier, data, "test")
-    tables = stress_tables(classifier, data, "test")
+    before = predict_split(classifier.scorer(), data, "test")
+    tables = stress_tables(classifier.scorer(), data, "test")
     assert list(tables) == ["corners", "marker"]
     for table in tables.values():
         assert list(table) == prediction_columns(("covid", "normal"))
@@ -79,7 +79,7 @@ def test_a_network_of_ours_gives_the_rows_of_its_own_predictions(data: Radiograp
 def test_the_images_of_the_store_stay_as_they_are(data: Radiographs) -> None:
     classifier = classifier_of(Reader(slice(9), slice(-9, None)))
     before = np.array(data.images)
-    stress_tables(classifier, data, "val")
+    stress_tables(classifier.scorer(), data, "val")
     np.testing.assert_array_equal(np.array(data.images), before)
 
 

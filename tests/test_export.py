@@ -1,0 +1,146 @@
+"""`python -m covid_cls.export` as a user starts it, and what it writes as a user of the file finds it."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from covid_cls.artifact import exported
+from covid_cls.artifact.files import CARD, RECORD, WEIGHTS
+from covid_cls.artifact.model import load
+from covid_cls.command import conf_folder
+from covid_cls.data.phantom import build_phantoms
+from covid_cls.data.readers import read_image
+from covid_cls.errors import InputError
+from covid_cls.export import export as export_command
+from covid_cls.records import DISCLAIMER
+from tests.artifact.small import small_model
+from tests.conftest import Command, starter
+
+
+@pytest.fixture(scope="module")
+def export(environment: dict[str, str]) -> Command:
+    """`python -m covid_cls.export *words`, started in `folder`."""
+    return starter("export", environment)
+
+
+@pytest.fixture(scope="module")
+def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with its model; not to be changed."""
+    folder = tmp_path_factory.mktemp("outputs") / "set" / "cell"
+    small_model(folder / "model", cache, "task=three_class")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of six radiographs and a note."""
+    folder = tmp_path_factory.mktemp("scans")
+    for picture in (build_phantoms(tmp_path_factory.mktemp("set"), images=6).parent / "images").rglob("*.png"):
+        shutil.copy(picture, folder)
+    (folder / "note.txt").write_text("a note")
+    return folder
+
+
+def composed(*words: str) -> DictConfig:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return compose("export", list(words))
+
+
+def same_scores(run: Path, picture: Path, logits: np.ndarray, probabilities: np.ndarray) -> None:
+    """The exported scores of a picture beside the row that the model's table has of it."""
+    model = load(run, "cpu")
+    table = model.predict([picture], threshold="argmax")
+    for scores, kind in ((logits, "logit"), (probabilities, "calibrated")):
+        theirs = table[[f"{kind}_{name}" for name in model.task.classes]].to_numpy(dtype=np.float64)
+        np.testing.assert_allclose(scores, theirs, atol=1e-4, rtol=0)
+
+
+def test_an_onnx_file_gives_the_numbers_of_predict(run: Path, scans: Path, export: Command, tmp_path: Path) -> None:
+    done = export(tmp_path, f"output_root={run.parents[1]}", "model=set/cell", f"input={scans}", "output=a/model.onnx")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert [p.name for p in tmp_path.rglob("*")] == ["a", "model.onnx"]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 9, done.stdout
+    assert "1 files cannot be read and are not compared: note.txt: a text file, not an image" in done.stdout
+    found = re.findall(r"  (.*): (\S+) of a logit, (\S+) of a probability", done.stdout)
+    assert [where for where, _, _ in found] == ["noise of several sizes", f"6 of 7 files of {scans}"]
+    assert max(float(gap) for _, *gaps in found for gap in gaps) <= 1e-4
+    assert re.search(r"batch of 8: covid_cls \d+\.\d, onnx file \d+\.\d", done.stdout)
+    size = (tmp_path / "a" / "model.onnx").stat().st_size
+    assert f"a/model.onnx: {size / 1e6:.1f} MB" in done.stdout
+    assert DISCLAIMER in done.stdout
+    session = onnxruntime.InferenceSession(tmp_path / "a" / "model.onnx")
+    picture = sorted(scans.glob("*.png"))[0]
+    same_scores(run, picture, *session.run(None, {"images": read_image(picture)[None, None]}))
+
+
+def test_a_torch_program_gives_the_numbers_of_predict(run: Path, scans: Path, export: Command, tmp_path: Path) -> None:
+    done = export(tmp_path, f"model={run / 'model'}", "format=torch")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "6 phantoms, for want of input=" in done.stdout
+    program = torch.export.load(tmp_path / "outputs" / "exports" / "small.pt2").module()
+    picture = sorted(scans.glob("*.png"))[0]
+    with torch.inference_mode():
+        scores = program(torch.from_numpy(read_image(picture)[None, None]))
+    same_scores(run, picture, *(score.numpy() for score in scores))
+
+
+def test_a_file_that_scores_otherwise_is_not_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest = exported.open_exported
+    monkeypatch.setattr(
+        exported, "open_exported", lambda data, kind: lambda x: tuple(s + 2e-4 for s in honest(data, kind)(x))
+    )
+    (tmp_path / "model.pt2").write_text("earlier")
+    with pytest.raises(SystemExit) as stop:
+        export_command(composed(f"model={run}", "format=torch", f"output={tmp_path / 'model.pt2'}"))
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: the torch file does not score as the model does; nothing was written\n"
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["earlier"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model=nowhere"], "model=nowhere: no such folder"),
+        (["model={run}", "format=tflite"], "format=tflite: unknown; one of onnx, torch"),
+        (["model={run}", "input=nowhere"], "input=nowhere: no such file or folder"),
+        (["model={run}", "input={scans}/note.txt"], "none of 1 files can be read: note.txt: a text file"),
+        (["model={run}", "output={scans}"], "give the name of a file, outside the model's folder"),
+        (["model={run}", "output={run}/model/model.json"], "give the name of a file, outside the model's folder"),
+        (["model={run}", "output=7"], "output=7: no path to Hydra"),
+    ],
+)
+def test_a_fault_of_the_input_leaves_nothing(
+    words: list[str], message: str, run: Path, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=re.escape(message)):
+        export_command(composed(*(word.format(run=run, scans=scans) for word in words)))
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(p.name for p in (run / "model").iterdir()) == sorted([CARD, RECORD, WEIGHTS])
+
+
+def test_a_missing_model_is_one_line_and_exit_code_2(export: Command, tmp_path: Path) -> None:
+    done = export(tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: model is not set: give model=… on the command line\n"
+
+
+def test_help_says_what_a_user_must_know(export: Command, tmp_path: Path) -> None:
+    done = export(tmp_path, "--help")
+    assert done.returncode == 0
+    for word in ("model=", "format=torch", "output=", "input", "uint8", "InferenceSession", "torch.export.load"):
+        assert word in done.stdout
+    assert DISCLAIMER in done.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,209 @@
+"""The notebooks: stored clean, without a metric of their own, and executed as they stand on small phantoms."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from ipykernel.kernelspec import write_kernel_spec
+from nbclient import NotebookClient
+
+from tests.conftest import ROOT, Command
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LARGEST = 20_000  # bytes
+# What cells may import: the package, what shows its results, and containers to pass them on.
+ALLOWED = {"covid_cls", "hydra", "IPython", "pandas", "pathlib", "torch", "warnings"}
+# Names that turn many numbers into one. A cell calls them on nothing: that is evaluation's business.
+REDUCTIONS = {
+    *("sum", "mean", "average", "median", "std", "var", "quantile", "corr", "cov", "count_nonzero", "bincount"),
+    *("argmax", "argmin", "argsort", "softmax", "sigmoid", "crosstab", "describe", "agg", "aggregate"),
+}
+SMALL = ("data.images=96", "data.size=64")
+
+Notebook = Any  # nbformat has no types
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.name)
+def path(request: pytest.FixtureRequest) -> Path:
+    """Each notebook in turn."""
+    found: Path = request.param
+    return found
+
+
+def read(path: Path) -> Notebook:
+    return nbformat.read(path, as_version=4)
+
+
+def test_there_are_three() -> None:
+    assert [path.name[0] for path in NOTEBOOKS] == ["1", "2", "3"]
+
+
+def test_it_is_stored_clean(path: Path) -> None:
+    assert path.stat().st_size < LARGEST
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in notebook.cells:
+        assert cell.source == cell.source.strip()
+        assert cell.source
+        if cell.cell_type == "code":
+            assert cell.outputs == [], cell.id
+            assert cell.execution_count is None, cell.id
+
+
+def test_it_begins_with_what_it_answers(path: Path) -> None:
+    first, second = read(path).cells[:2]
+    assert first.cell_type == "markdown"
+    title, *rest = first.source.splitlines()
+    assert title.startswith("# ")
+    assert title.endswith("?")
+    text = "\n".join(rest)
+    for words in ("**Needs**", "**Your own ", "Research use, not for diagnosis."):
+        assert words in text
+    assert second.metadata.tags == ["parameters"]
+
+
+def test_no_metric_is_computed_in_a_cell(path: Path) -> None:
+    found = [fault for cell in read(path).cells if cell.cell_type == "code" for fault in faults(cell.source)]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        ("from sklearn.metrics import roc_auc_score", "imports sklearn"),
+        ("import numpy as np", "imports numpy"),
+        ("from torchmetrics.functional import accuracy", "imports torchmetrics"),
+        ("(table['label'] == decided).mean()", "calls mean"),
+        ("sum(right)", "calls sum"),
+        ("prob.argmax(axis=1)", "calls argmax"),
+        ("right / len(table) * 100", "computes Mult"),
+        ("tp / (tp + fp)", "computes Div"),
+        ("n = 0\nn += 1", "computes Add"),
+    ],
+)
+def test_a_metric_in_a_cell_is_found(source: str, fault: str) -> None:
+    assert fault in list(faults(source))
+
+
+def test_passing_results_on_is_no_metric() -> None:
+    source = "%matplotlib inline\nfrom pathlib import Path\nfile = Path(RUNS) / 'history.csv'\nHTML(a(x) + b(y))"
+    assert list(faults(source)) == []
+
+
+def faults(source: str) -> Iterator[str]:
+    """What a cell does that belongs into the package: imports beyond ALLOWED, reductions, arithmetic.
+
+    `+` may join two calls or lists and `/` a path with a text.
+    """
+    lines = ["" if line.startswith("%") else line for line in source.splitlines()]
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        match node:
+            case ast.Import(names=names):
+                yield from (f"imports {name.name}" for name in names if name.name.split(".")[0] not in ALLOWED)
+            case ast.ImportFrom(module=module):
+                home = str(module).split(".")[0]
+                yield from [f"imports {home}"] if home not in ALLOWED else []
+            case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in REDUCTIONS:
+                yield f"calls {name}"
+            case ast.BinOp(op=ast.Add(), left=ast.Call() | ast.List(), right=ast.Call() | ast.List()):
+                pass
+            case ast.BinOp(op=ast.Div(), right=ast.Constant(value=str()) | ast.JoinedStr()):
+                pass
+            case ast.BinOp(op=op) | ast.AugAssign(op=op):
+                yield f"computes {type(op).__name__}"
+
+
+@pytest.fixture(scope="module")
+def sweep(train: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two strategies by two losses, trained as the notebooks tell it but on fewer and smaller images."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    grid = ("-m", "name=notebooks", "task=three_class", "strategy=fc,partial", "loss=ce,focal")
+    small = ("preprocess.crop=64", "data.batch_size=8", "trainer=cpu", "trainer.max_epochs=2", "logger=none")
+    done = train(folder, *grid, *SMALL, *small)
+    assert done.returncode == 0, done.stderr
+    return folder / "outputs" / "notebooks"
+
+
+@pytest.fixture
+def execute(environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a notebook in `tmp_path` with this interpreter, its parameters replaced; returns it with its outputs."""
+    jupyter = {"JUPYTER_PATH": "jupyter", "JUPYTER_DATA_DIR": "jupyter", "IPYTHONDIR": "ipython"}
+    for name, folder in jupyter.items():
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    write_kernel_spec(tmp_path / "jupyter" / "kernels" / "python3")
+
+    def run(number: int, parameters: str) -> Notebook:
+        (path,) = (path for path in NOTEBOOKS if path.name.startswith(f"{number}_"))
+        notebook = read(path)
+        (place,) = (k for k, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+        notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(parameters))
+        client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+        client.execute(env={**environment, **{name: str(tmp_path / folder) for name, folder in jupyter.items()}})
+        return notebook
+
+    return run
+
+
+def kinds(notebook: Notebook) -> dict[str, list[str]]:
+    """What each code cell shows, by its id: pictures, tables, or text."""
+    shown = {}
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert [out.text for out in cell.outputs if out.output_type == "stream"] == [], cell.id
+            # A progress bar that has ended leaves an empty output.
+            shown[cell.id] = [best(out.data) for out in cell.outputs if out.data["text/plain"].strip()]
+    return shown
+
+
+def best(data: dict[str, str]) -> str:
+    """The richest form of an output: an empty picture or table is none."""
+    if len(data.get("image/png", "")) > 4_000:
+        return "picture"
+    if "<td" in data.get("text/html", "") or "<li>" in data.get("text/html", ""):
+        return "table"
+    return "text"
+
+
+def test_a_tour_of_a_data_set(execute: Any) -> None:
+    done = execute(1, f"DATA = {['data=phantom', *SMALL]}\nFOLDS = 2")
+    shown = kinds(done)
+    assert [cell for cell, found in shown.items() if found == ["picture"]] == ["pictures", "probes"]
+    tables = ["open", "counts", "splits", "attributes", "probes-table", "findings"]
+    assert [cell for cell, found in shown.items() if found == ["table"]] == tables
+
+
+def test_reading_a_sweep_opens_the_test_predictions_once(execute: Any, sweep: Path) -> None:
+    done = execute(2, f"RUNS = {str(sweep)!r}\nRESAMPLES = 100")
+    shown = kinds(done)
+    assert shown["closer"] == ["text", *["picture"] * 3]
+    assert shown["cell"] == ["text", *["picture"] * 3]
+    assert [cell for cell, found in shown.items() if found == ["picture"]] == ["intervals-chart", "chart"]
+    tables = ["validation", "intervals", "test", "verdict", "grid", "pairs", "effects"]
+    assert [cell for cell, found in shown.items() if found == ["table"]] == tables
+    ledgers = [folder / "openings.csv" for folder in sweep.iterdir() if (folder / "run.json").is_file()]
+    assert len(ledgers) == 4
+    for ledger in ledgers:
+        _, *openings = ledger.read_text(encoding="utf-8").splitlines()
+        assert len(openings) == 1
+        assert openings[0].endswith("notebooks/2_sweep.ipynb")
+
+
+def test_what_a_network_looks_at(execute: Any, sweep: Path) -> None:
+    ledgers = {path: path.read_bytes() for path in sweep.rglob("openings.csv")}
+    done = execute(3, f"RUNS = {str(sweep)!r}\nFEW = 1")
+    assert {path: path.read_bytes() for path in sweep.rglob("openings.csv")} == ledgers  # validation alone was read
+    shown = kinds(done)
+    tables = ["model", "predict", "weights", "where", "images", "occlusion"]
+    assert [cell for cell in tables if shown[cell] != ["table"]] == []
+    assert shown["pictures"] == ["picture"]
+    html = {cell.id: cell.outputs[-1].data["text/html"] for cell in done.cells if cell.id in tables}
+    assert "lungs" in html["where"]  # phantoms have masks
+    for numbers, maps, pictures in (("weights", "maps", 2), ("occlusion", "occlusion-maps", 1)):
+        # Two epochs from random weights teach little: whether their maps may be shown is for the check to say.
+        passed = "passes the check of the weights" in html[numbers]
+        assert passed or "No figure" in html[numbers]
+        assert shown[maps] == (["picture"] * pictures if passed else ["table"])
