@@ -38,11 +38,13 @@ def conf_folder() -> Path:
     return shipped if shipped.is_dir() else package.parent / "conf"
 
 
-def run_command(task: Callable[[DictConfig], None], config_name: str) -> None:
+def run_command(
+    task: Callable[[DictConfig], None], config_name: str, stopped: str = "before its results were whole"
+) -> None:
     """Run `task` on the composed configuration and exit: 0 done, 2 the user's input is at fault, 1 anything else.
 
     A fault of the input is one line on stderr, with a traceback only where HYDRA_FULL_ERROR=1; in a multirun the other
-    jobs go on. Ctrl-C exits with 130.
+    jobs go on. Ctrl-C exits with 130 and says what was `stopped` with it.
     """
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # Hydra otherwise prints what goes wrong its own way and exits with 1, whatever it was.
@@ -70,7 +72,7 @@ def run_command(task: Callable[[DictConfig], None], config_name: str) -> None:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         at_fault = True
     except KeyboardInterrupt:
-        print("stopped: the same command goes on from the last finished epoch", file=sys.stderr)
+        print(f"stopped: {stopped}", file=sys.stderr)
         sys.exit(130)
     sys.exit(2 if at_fault else 0)
 

@@ -97,4 +97,4 @@ def train_cell(settings: dict[str, Any], data: "Radiographs", run: "Run", notes:
 
 
 if __name__ == "__main__":
-    run_command(train, "train")
+    run_command(train, "train", stopped="the same command goes on from the last finished epoch")

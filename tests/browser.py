@@ -145,4 +145,4 @@ if __name__ == "__main__":  # python -m tests.browser URL FILE.png WIDTH HEIGHT 
         time.sleep(3)  # until what moves has come to rest
         picture.screenshot(Path(file))
     with Image.open(file) as image:
-        image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(file, optimize=True)
+        image.convert("RGB").quantize(256).save(file, optimize=True)

@@ -129,8 +129,8 @@ def test_tensorboard_holds_scalars_pictures_and_hparams(finished: tuple[Path, st
     train, val = ([point.step for point in events.Scalars(f"loss/{split}")] for split in ("train", "val"))
     assert train == val  # or curves that belong together would stand side by side
     assert "speed/images_per_second" in tags["scalars"]
-    assert set(tags["images"]) == {"images/train_batch", "confusion_matrix/val"}
-    assert "run/text_summary" in tags["tensors"]
+    assert set(tags["images"]) == {"images/train_batch", "confusion_matrix/val", "grad_cam/val"}
+    assert {"data_card/text_summary", "model_card/text_summary", "pr/val/covid"} <= set(tags["tensors"])
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     for word in (b"backbone", b"resnet18", b"strategy", b"partial", b"three_class"):
         assert word in content

@@ -15,7 +15,7 @@ from tests.conftest import ROOT, Command
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LARGEST = 20_000  # bytes
 # What cells may import: the package, what shows its results, and containers to pass them on.
-ALLOWED = {"covid_cls", "hydra", "IPython", "pandas", "pathlib", "torch", "warnings"}
+ALLOWED = {"covid_cls", "hydra", "IPython", "pandas", "pathlib", "warnings"}
 # Names that turn many numbers into one. A cell calls them on nothing: that is evaluation's business.
 REDUCTIONS = {
     *("sum", "mean", "average", "median", "std", "var", "quantile", "corr", "cov", "count_nonzero", "bincount"),

@@ -68,7 +68,7 @@ class Model:
         images: paths, PIL images or uint8 arrays (H, W), 0 = black, of any size. Columns: image_id (the path as given,
         else the number), logit_<class>, prob_<class> (as in the run's predictions tables), calibrated_<class> (at the
         temperature fitted to validation), decision (a class, or "undecided" where there are reasons), reasons (codes of
-        `artifact.screen.REASONS`, joined by ";") and detail (why a file cannot be read). threshold: see `cut`.
+        `artifact.stream.REASONS`, joined by ";") and detail (why a file cannot be read). threshold: see `cut`.
         """
         from covid_cls.artifact.stream import predict_pictures  # it needs this module
 

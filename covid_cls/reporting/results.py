@@ -20,6 +20,7 @@ from covid_cls.records import (
     write_json,
     write_predictions,
 )
+from covid_cls.reporting.data_card import data_card
 from covid_cls.reporting.figures import confusion_matrix, learning_curves, roc_curves, save_figure
 from covid_cls.reporting.tensorboard import write_hparams, write_text
 from covid_cls.training.run import Run
@@ -66,6 +67,7 @@ def _finish_board(
 ) -> None:
     """The run's HParams row and its cards."""
     write_hparams(logger, record, best_epoch(history))
+    write_text(logger, "data_card", data_card(record))
     write_text(logger, "model_card", (folder / MODEL / CARD).read_text(encoding="utf-8"))
 
 

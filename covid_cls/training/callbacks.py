@@ -113,9 +113,10 @@ class EpochHistory(Callback):
             "speed/images_per_second": self.images_per_second,
         }
         numbers = {key: float(value) for key, value in {**trainer.callback_metrics, **extra}.items()}
+        shown = [key for key in extra if key.count("/") < 2]  # training numbers of each class stay in history.csv
         for logger in trainer.loggers:  # straight there: Lightning's own way takes 0.7 ms a number
             # At the step where Lightning puts the validation's numbers: the last one taken, counted from zero.
-            logger.log_metrics({key: numbers[key] for key in extra}, trainer.global_step - 1)
+            logger.log_metrics({key: numbers[key] for key in shown}, trainer.global_step - 1)
         self.rows.append({"epoch": trainer.current_epoch, "seconds": seconds, **numbers})
         log.info(self._line(trainer, numbers))
 

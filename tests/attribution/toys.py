@@ -52,7 +52,7 @@ class _Sign(nn.Module):
 def corner_scorer(gain: float = 400.0) -> Scorer:
     """Class 0 is the brightness of the corner times `gain`; whatever lies elsewhere changes nothing."""
     head = nn.Linear(1, 2, bias=False)
-    head.weight = nn.Parameter(torch.tensor([[gain], [-gain]]))
+    head.weight = nn.Parameter(torch.tensor([[float(gain)], [-float(gain)]]))
     return _scorer(_Corner(), head)
 
 

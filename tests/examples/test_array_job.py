@@ -1,0 +1,51 @@
+"""The array job of docs/hpc.md starts, as each of its tasks, one cell of its own."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SMALL
+from tests.examples.documents import code_blocks
+
+(SCRIPT,) = code_blocks("hpc.md", "bash")
+RECORD = '#!/bin/sh\nprintf "%s\\n" "$*" >> started.txt\n'  # stands in for python
+
+
+def run_task(folder: Path, environment: dict[str, str], number: int, path: Path, *words: str) -> str:
+    (folder / "sweep.sh").write_text(SCRIPT, encoding="utf-8")
+    env = {**environment, "SLURM_ARRAY_TASK_ID": str(number), "PATH": f"{path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "sweep.sh", *words], cwd=folder, env=env, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_tasks_are_all_cells_and_none_twice(environment: dict[str, str], tmp_path: Path) -> None:
+    found = re.search(r"--array=0-(\d+)", SCRIPT)
+    assert found is not None
+    (tmp_path / "python").write_text(RECORD, encoding="utf-8")
+    (tmp_path / "python").chmod(0o755)
+    for number in range(int(found[1]) + 1):
+        run_task(tmp_path, environment, number, tmp_path)
+    started = (tmp_path / "started.txt").read_text(encoding="utf-8").splitlines()
+    expected = {
+        f"-m covid_cls.train name=my_sweep task=three_class strategy={strategy} loss={loss} seed={seed}"
+        for strategy in ("fc", "partial", "full")
+        for loss in ("ce", "focal")
+        for seed in (0, 1)
+    }
+    assert len(started) == len(expected)
+    assert {line.strip() for line in started} == expected
+
+
+@pytest.mark.parametrize("number", [10])
+def test_a_task_trains_its_cell(number: int, environment: dict[str, str], tmp_path: Path) -> None:
+    words = (*SMALL, "trainer.max_epochs=1", "backbone.weights=none", "probes=false")
+    run_task(tmp_path, environment, number, Path(sys.executable).parent, *words)
+    (cell,) = (tmp_path / "outputs" / "my_sweep").iterdir()
+    assert cell.name.startswith("three_class-resnet18-partial-focal-s1-")

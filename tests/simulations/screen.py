@@ -1,0 +1,213 @@
+"""How often the screen of a finished run flags radiographs, their turned and inverted copies, and other images.
+
+OMP_NUM_THREADS=1 python -m tests.simulations.screen run=CELL [manifest=CSV]... [folder=FOLDER]... >> docs/screen.md
+
+The screen is fitted anew to the run's training and validation images. run: as for `evaluate`. manifest: radiographs of
+other sets, of which those whose file name or patient the run's own set has are left out. folder: images of any kind.
+"""
+
+import platform
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import matplotlib
+import numpy as np
+import pandas as pd
+import pydicom
+import sklearn
+import torch
+from matplotlib.figure import Figure
+from numpy.random import Generator
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from sklearn.datasets import load_sample_images
+
+from covid_cls.artifact.screen import ALPHA, REASONS, Screen, fit_screen
+from covid_cls.data.datamodule import Radiographs
+from covid_cls.data.limits import BadImage
+from covid_cls.data.manifest import files_below, read_manifest
+from covid_cls.data.phantom import build_phantoms
+from covid_cls.data.readers import grey_of, read_image
+from covid_cls.data.store import default_cache, draw_on_canvas
+from covid_cls.evaluation.intervals import proportion_interval
+from covid_cls.evaluation.predictions import finished_run
+from covid_cls.labels import TASKS
+from covid_cls.models.scorer import Scorer
+from covid_cls.models.transforms import Augment
+from covid_cls.training.checkpoints import load_classifier
+
+Pictures = list[NDArray[np.uint8]]  # grey, of any size
+
+MOST = 200  # images of a set, drawn with seed 0
+DICOM = ("CT_small", "MR_small", "693_J2KI", "liver_1frame", "JPGExtended", "examples_rgb_color", "examples_palette")
+WORDS = "fever and cough for six days with bilateral opacities on the plain film the laboratory results follow"
+
+
+def radiographs(manifest: Path, own: pd.DataFrame) -> dict[str, Pictures]:
+    """Readable images of each source of a manifest, `MOST` at most, without those of `own`."""
+    table = read_manifest(manifest)
+    names = set(own["path"].map(lambda path: Path(path).name))
+    known = table["path"].map(lambda path: Path(path).name in names) | table["patient_id"].isin(own["patient_id"])
+    found = {}
+    for source, part in table[~known].groupby("source"):
+        drawn = part.sample(min(MOST, len(part)), random_state=0)
+        found[f"{manifest.parent.name}: {source}"] = list(_readable(map(Path, drawn["file"])))
+    return found
+
+
+def phantoms() -> Pictures:
+    """Drawn radiographs of a seed that no run trains on unless it says so."""
+    folder = default_cache() / "phantoms" / "screen"
+    return list(_readable(map(Path, read_manifest(build_phantoms(folder, images=MOST // 2, seed=99))["file"])))
+
+
+def copies(squares: NDArray[np.uint8], rng: Generator) -> dict[str, NDArray[np.uint8]]:
+    """What is done to radiographs (n, S, S) that the screen is to find, and three things that it is not made for."""
+    side = squares.shape[1]
+    tilt = cv2.getRotationMatrix2D((side / 2, side / 2), 30, 1)
+    places = rng.integers(side // 2, size=(len(squares), 2))
+    corners = [one[y : y + side // 2, x : x + side // 2] for one, (y, x) in zip(squares, places, strict=True)]
+    return {
+        "inverted": 255 - squares,
+        **{f"turned by {90 * turns}°": np.rot90(squares, turns, (1, 2)) for turns in (1, 2, 3)},
+        "inverted and turned by 180°": 255 - np.rot90(squares, 2, (1, 2)),
+        "mirrored": squares[:, :, ::-1],
+        "turned by 30°": np.stack([cv2.warpAffine(one, tilt, (side, side)) for one in squares]),
+        "a quarter of it": np.stack([cv2.resize(corner, (side, side)) for corner in corners]),
+    }
+
+
+def others(rng: Generator) -> dict[str, Pictures]:
+    """Images that are no radiographs, from installed packages or drawn."""
+    samples = Path(matplotlib.get_data_path()) / "sample_data"
+    photos = [_grey(image) for image in load_sample_images().images]
+    photos.append(grey_of(Image.open(samples / "grace_hopper.jpg")))
+    files = [Path(pydicom.__file__).parent / "data" / "test_files" / f"{name}.dcm" for name in DICOM]
+    across = np.linspace(0, 255, 224)
+    x, y = np.meshgrid(across, across)
+    ramps = [x, y, 255 - x, 255 - y, (x + y) / 2, np.hypot(x - 128, y - 128) / 0.72, 255 - np.hypot(x - 128, y - 128)]
+    noise = [cv2.GaussianBlur(rng.random((224, 224)), (0, 0), sd) for sd in (0.1, 2, 8, 20, 40) for _ in range(6)]
+    return {
+        "photographs": photos,
+        "parts of photographs": [_part(photo, rng) for photo in photos for _ in range(20)],
+        "CT, MR, ultrasound (pydicom's files)": list(_readable(files)),
+        "pages of text": [_page(rng, dark=k % 4 == 3) for k in range(20)],
+        "plots": [_plot(rng, k) for k in range(12)],
+        "noise, sharp to smooth": [_stretched(image) for image in noise],
+        "grey ramps": [image.clip(0, 255).astype(np.uint8) for image in ramps],
+        "one grey level": [np.full((224, 224), level, np.uint8) for level in (0, 1, 64, 128, 254, 255)],
+    }
+
+
+def _readable(files: Iterator[Path] | list[Path]) -> Iterator[NDArray[np.uint8]]:
+    for file in files:
+        try:
+            yield read_image(file)
+        except BadImage as error:
+            print(f"left out: {file.name}: {error}", file=sys.stderr)
+
+
+def _grey(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return grey_of(Image.fromarray(image))
+
+
+def _stretched(image: NDArray[np.float64]) -> NDArray[np.uint8]:
+    return np.asarray(255 * (image - image.min()) / np.ptp(image)).astype(np.uint8)
+
+
+def _part(image: NDArray[np.uint8], rng: Generator) -> NDArray[np.uint8]:
+    side = int(min(image.shape) * rng.uniform(0.3, 0.9))
+    top, left = rng.integers(image.shape[0] - side), rng.integers(image.shape[1] - side)
+    return image[top : top + side, left : left + side]
+
+
+def _page(rng: Generator, dark: bool) -> NDArray[np.uint8]:
+    paper, ink = (20, 230) if dark else (250, 10)
+    page, size = Image.new("L", (800, 1000), paper), int(rng.integers(14, 40))
+    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    font, draw = ImageFont.truetype(str(file), size), ImageDraw.Draw(page)
+    for top in range(40, 960, size * 3 // 2):
+        draw.text((40, top), " ".join(rng.choice(WORDS.split(), rng.integers(2, 14))), ink, font)
+    return np.asarray(page)
+
+
+def _plot(rng: Generator, kind: int) -> NDArray[np.uint8]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = Figure(figsize=(6, 5))
+    for axes in figure.subplots(1 + kind % 2, 1 + kind % 3, squeeze=False).flat:
+        (axes.plot, axes.hist, axes.imshow)[kind % 3](rng.normal(size=(40, 3) if kind % 3 < 2 else (20, 20)).cumsum(0))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return _grey(np.asarray(canvas.buffer_rgba())[..., :3])
+
+
+class Measured:
+    """A run's network with a screen fitted to its data, and a row of the table for each set of images."""
+
+    def __init__(self, scorer: Scorer, data: Radiographs) -> None:
+        self.scorer = scorer
+        started = time.perf_counter()
+        self.screen = Screen(fit_screen(scorer, data))
+        self.fitted_in = time.perf_counter() - started
+
+    def drawn(self, pictures: Pictures) -> NDArray[np.uint8]:
+        """The squares that the network sees of pictures of any size."""
+        view = self.scorer.preprocess
+        return np.stack([draw_on_canvas(one, view.size, view.crop) for one in pictures])
+
+    @torch.inference_mode()
+    def row(self, name: str, squares: NDArray[np.uint8]) -> str:
+        """Markdown: how many images, share flagged with its 95 % interval, and the share of each code, in %."""
+        flags: list[list[str]] = []
+        for start in range(0, len(squares), 32):
+            batch = np.ascontiguousarray(squares[start : start + 32])
+            embedding = self.scorer.embed(torch.from_numpy(batch).unsqueeze(1).to(self.scorer.device))[1]
+            flags += self.screen.reasons(batch, embedding.cpu().numpy())
+        n, codes = len(flags), Counter(code for found in flags for code in found)
+        share = proportion_interval(sum(map(bool, flags)), n)
+        counts = " | ".join(f"{100 * codes[code] / n:.1f}" for code in REASONS)
+        return f"| {name} | {n} | {100 * share.value:.1f} ({100 * share.low:.1f}–{100 * share.high:.1f}) | {counts} |"
+
+
+def main(words: list[str]) -> None:
+    """Print what docs/screen.md keeps."""
+    given = [word.partition("=")[::2] for word in words]
+    (folder,) = (Path(value) for key, value in given if key == "run")
+    run, task = finished_run(folder)
+    config: dict[str, Any] = run["config"]
+    scorer = load_classifier(folder / "checkpoints" / "best.ckpt").scorer()
+    canvas = Augment(**config["augment"]).canvas(scorer.preprocess.crop)
+    data = Radiographs(TASKS[task.name], canvas, config["seed"], **config["data"])
+    measured, rng = Measured(scorer, data), np.random.default_rng(0)
+    test = data.dataset("test")[range(len(data.dataset("test")))].x
+    squares = (255 * scorer.preprocess.centre(test)).round().byte()[:, 0].cpu().numpy()
+    print(f"\n### {folder.name}\n")
+    print(
+        f"Cut-offs for {100 * ALPHA} % a check from {len(data.dataset('val'))} validation images, fitted in "
+        f"{measured.fitted_in:.0f} s to {len(data.dataset('train'))} training images. Python "
+        f"{platform.python_version()}, torch {torch.__version__}, sklearn {sklearn.__version__}.\n"
+    )
+    print("| images | n | flagged, % (95 %) | " + " | ".join(REASONS) + " |\n|---|---:|---:|" + "---:|" * len(REASONS))
+    print(measured.row("own test split", squares), flush=True)
+    for path in (Path(value) for key, value in given if key == "manifest"):
+        for name, pictures in radiographs(path, data.table).items():
+            print(measured.row(name, measured.drawn(pictures)), flush=True)
+    for name, changed in copies(squares, rng).items():
+        print(measured.row(f"own test split, {name}", changed), flush=True)
+    sets = others(rng)
+    for path in (Path(value) for key, value in given if key == "folder"):
+        sets[path.name] = list(_readable(files_below(path)))
+    if config["data"]["kind"] != "phantom":
+        sets["phantoms"] = phantoms()
+    for name, pictures in sets.items():
+        print(measured.row(name, measured.drawn(pictures)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
