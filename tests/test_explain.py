@@ -28,7 +28,7 @@ from covid_cls.reporting.explanations import (
 from tests.conftest import SMALL, Command, starter
 
 FACTS = {"model": "cell", "images": "some images", "command": "python -m covid_cls.explain"}
-QUICK = ("steps=2", "draws=1")
+QUICK = ("steps=2", "draws=1", "threshold=argmax")  # one epoch may be worth no threshold
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_a_manifest_brings_labels_and_masks(explain: Command, run: Path, cache: 
     rows["mask"] = [rows["mask"].iloc[0], "", rows["mask"].iloc[2]]
     part = whole.parent / "part.csv"
     rows.to_csv(part, index=False)
-    words = (f"model={run / 'model'}", f"input={part}", "target=label", "output=out", "steps=0", "draws=1")
+    words = (f"model={run / 'model'}", f"input={part}", "target=label", "output=out", *QUICK, "steps=0")
     done = explain(tmp_path, *words)
     part.unlink()
     assert done.returncode == 0, done.stderr
@@ -152,7 +152,7 @@ def test_a_folder_keeps_a_row_for_what_cannot_be_read(explain: Command, run: Pat
 
 def test_the_test_split_is_noted_in_the_ledger(explain: Command, run: Path, tmp_path: Path) -> None:
     before = (run / LEDGER).read_text().count("\n") if (run / LEDGER).exists() else 0
-    done = explain(tmp_path, f"run={run}", "split=test", "steps=0", "draws=1", "figures=0", "output=out")
+    done = explain(tmp_path, f"run={run}", "split=test", *QUICK, "figures=0", "output=out")
     assert done.returncode == 0, done.stderr
     lines = (run / LEDGER).read_text().splitlines()
     assert len(lines) >= before + 1
@@ -173,7 +173,7 @@ def test_faults_are_one_line_and_exit_with_2(
     explain: Command, run: Path, tmp_path: Path, words: tuple[str, ...], fault: str
 ) -> None:
     (tmp_path / "words.png").write_text("no picture")
-    done = explain(tmp_path, *(word.replace("RUN", str(run)) for word in words))
+    done = explain(tmp_path, "threshold=argmax", *(word.replace("RUN", str(run)) for word in words))
     assert done.returncode == 2
     assert fault in done.stderr
     assert done.stderr.count("\n") == 1
