@@ -19,16 +19,16 @@ log = logging.getLogger(__name__)
 
 def explain(cfg: DictConfig) -> None:
     """Explain the images that `cfg` names; a page, pictures, a table and a record in `output`."""
+    settings = plain(cfg)
+    _check_subject(settings)
     # Imported late: --help and a misspelt key need no torch.
     from covid_cls.artifact.model import load
     from covid_cls.reporting.explain_page import text_lines, write_explained
     from covid_cls.reporting.explanations import Options, check_options, explain_images
 
-    settings = plain(cfg)
     chosen = {name: settings[name] for name in Options._fields}
     check_section("explain", Options, chosen)
     options = Options(**chosen)
-    _check_subject(settings)
     folder = existing_folder(settings["model"] or settings["run"], settings["output_root"])
     model = load(folder, settings["device"])
     model.cut(options.threshold)

@@ -41,7 +41,9 @@ def model_card(record: dict[str, Any]) -> str:
         "## Decisions",
         f"Temperature {operating['temperature']:.3g} and thresholds of the calibrated p({task['positive']}), fitted to "
         f"{operating['n_images']} validation images of {operating['n_patients']} patients:",
-        markdown_table(("threshold", "p(covid) at least"), [(k, _number(v)) for k, v in operating["thresholds"].items()]),
+        markdown_table(
+            ("threshold", "p(covid) at least"), [(name, _number(cut)) for name, cut in operating["thresholds"].items()]
+        ),
         "## Scores",
         *(part for block in record["metrics"] for part in _metrics(block, task["classes"])),
         "## Data",

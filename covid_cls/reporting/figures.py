@@ -50,9 +50,7 @@ def learning_curves(history: pd.DataFrame, metric: str, *, best_epoch: int | Non
         axes.text(0.5, 0.5, f"no {metric} was logged", transform=axes.transAxes, ha="center", color=_QUIET)
         axes.set(xticks=[], yticks=[])
     if best_epoch is not None:
-        axes.axvline(
-            best_epoch, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label=f"selected: epoch {best_epoch}"
-        )
+        axes.axvline(best_epoch, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label=f"selected: epoch {best_epoch}")
     axes.set_xlabel("epoch")
     axes.set_ylabel(_AXIS_LABELS.get(metric, metric))
     if history["epoch"].nunique() == 1:
