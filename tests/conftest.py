@@ -47,3 +47,13 @@ def starter(name: str, environment: dict[str, str]) -> Command:
 def train(environment: dict[str, str]) -> Command:
     """`train` as a user starts it."""
     return starter("train", environment)
+
+
+@pytest.fixture(scope="session")
+def run(train: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run on phantoms; tests may add to its ledger alone."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = train(folder, *SMALL, "trainer.max_epochs=1", "logger=none", "probes=false")
+    assert done.returncode == 0, done.stderr
+    (record,) = folder.rglob("run.json")
+    return record.parent

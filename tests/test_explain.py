@@ -25,7 +25,7 @@ from covid_cls.reporting.explanations import (
     explain_images,
     input_images,
 )
-from tests.conftest import SMALL, Command, starter
+from tests.conftest import Command, starter
 
 FACTS = {"model": "cell", "images": "some images", "command": "python -m covid_cls.explain"}
 QUICK = ("steps=2", "draws=1", "threshold=argmax")  # one epoch may be worth no threshold
@@ -35,16 +35,6 @@ QUICK = ("steps=2", "draws=1", "threshold=argmax")  # one epoch may be worth no 
 def explain(environment: dict[str, str]) -> Command:
     """`python -m covid_cls.explain *words`, started in `folder`."""
     return starter("explain", environment)
-
-
-@pytest.fixture(scope="module")
-def run(train: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run on phantoms; tests add to its ledger alone."""
-    folder = tmp_path_factory.mktemp("trained")
-    done = train(folder, *SMALL, "trainer.max_epochs=1", "logger=none", "probes=false")
-    assert done.returncode == 0, done.stderr
-    (record,) = folder.rglob("run.json")
-    return record.parent
 
 
 @pytest.fixture(scope="module")

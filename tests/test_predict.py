@@ -25,7 +25,7 @@ from covid_cls.errors import InputError
 from covid_cls.labels import TASKS
 from covid_cls.predict import predict as predict_command
 from covid_cls.records import DISCLAIMER, read_predictions
-from tests.conftest import SMALL, Command, starter
+from tests.conftest import Command, starter
 from tests.data.test_dicom import radiograph
 
 TASK = TASKS["binary"]
@@ -36,16 +36,6 @@ ARGMAX = "threshold=argmax"  # so short a training gives no threshold that is wo
 def predict(environment: dict[str, str]) -> Command:
     """`python -m covid_cls.predict *words`, started in `folder`."""
     return starter("predict", environment)
-
-
-@pytest.fixture(scope="module")
-def run(train: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run on phantoms; not to be changed."""
-    folder = tmp_path_factory.mktemp("trained")
-    done = train(folder, *SMALL, "trainer.max_epochs=1", "logger=none", "probes=false")
-    assert done.returncode == 0, done.stderr
-    (record,) = folder.rglob("run.json")
-    return record.parent
 
 
 @pytest.fixture(scope="module")

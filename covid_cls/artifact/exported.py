@@ -142,7 +142,10 @@ def largest_difference(ours: Run, theirs: Run, batches: Iterable[NDArray[np.uint
 
 
 def random_batches(size: int) -> list[NDArray[np.uint8]]:
-    """Noise of several sizes: enlarged, kept, reduced, odd, and up to five times as wide or as tall."""
+    """Random images of several sizes: enlarged, kept, reduced, odd, and up to five times as wide or as tall.
+
+    Each is noise over patches of random grey: noise alone is the same even grey to a network once it is reduced.
+    """
     shapes = (
         (1, LEAST_SIDE, LEAST_SIDE + 5),
         (8, size, size),
@@ -152,7 +155,12 @@ def random_batches(size: int) -> list[NDArray[np.uint8]]:
         (1, 4 * size + 3, size + 5),
     )
     rng = np.random.default_rng(0)
-    return [rng.integers(0, 256, (n, 1, height, width), dtype=np.uint8) for n, height, width in shapes]
+    batches = []
+    for n, height, width in shapes:
+        patches = rng.integers(0, 192, (n, 1, 5, 5), dtype=np.uint8)
+        patches = patches[:, :, (np.arange(height) * 5 // height)[:, None], np.arange(width) * 5 // width]
+        batches.append(patches + rng.integers(0, 64, patches.shape, dtype=np.uint8))
+    return batches
 
 
 def batches_of(pictures: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:

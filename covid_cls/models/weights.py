@@ -123,7 +123,7 @@ def _fill(network: Staged, backbone: str, path: Path, asked: str, used: str) -> 
             own[name].copy_(tensor)
     touched = {name.partition(".")[0] for name in fresh}
     stages = tuple(s for s in network.stage_names if s not in touched | {"pool", "head"})
-    note = f"{len(fresh)} tensors are not in {path} and start at random: {listed(fresh, 3)}" if fresh else None
+    note = f"{len(fresh)} tensors are not in {path.name} and start at random: {listed(fresh, 3)}" if fresh else None
     if note:
         log.warning(note)
     return WeightsReport(asked, used, file_sha256(path), fresh, stages, note)

@@ -202,7 +202,7 @@ def _notes(table: pd.DataFrame, summary: dict[str, Any], model: Model) -> list[s
     }
     notes = [f"{n} of {len(table)} images {what}" for what, n in counts.items() if n]
     if 0 < summary["n_maps"] < _ENOUGH:
-        notes.append(f"the check of the weights rests on {summary['n_maps']} maps, fewer than the {_ENOUGH} it is for")
+        notes.append(f"the check of the weights rests on fewer maps than the {_ENOUGH} it is for: {summary['n_maps']}")
     return [*notes, *model.record["notes"]]
 
 

@@ -36,6 +36,7 @@ from covid_cls.models.transforms import VIEWS, Preprocess
 from covid_cls.records import DISCLAIMER
 
 CXR = Path(__file__).resolve().parents[3] / "shared" / "cxr"
+SPREAD = 0.1  # a thousand times the tolerance: untrained, some networks give all images the same logits to 1e-5
 RECORD = {
     "name": "small",
     "operating": {"temperature": 1.7, "thresholds": {"youden": 0.4, "specificity_95": None}},
@@ -52,16 +53,23 @@ PAIRS = [
 def make_model(
     backbone: str = "resnet18", task: str = "three_class", seen: str = "whole", size: int = 38, crop: int = 32
 ) -> Model:
-    """A random network as a model; its batch norms hold statistics, as after training."""
+    """A random network as a model; its batch norms hold statistics, and its logits spread by SPREAD over random images."""
     torch.manual_seed(0)
-    network = build_network(backbone, len(TASKS[task].classes), hidden=8)
-    for layer in network.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            nn.init.uniform_(layer.running_mean, -0.2, 0.2)
-            nn.init.uniform_(layer.running_var, 0.5, 2)
-            nn.init.uniform_(layer.weight, 0.5, 1)
-    network.to(memory_format=torch.channels_last)
-    scorer = Scorer(TASKS[task], network, Preprocess(size, crop, seen=seen)).eval().requires_grad_(False)
+    network = build_network(backbone, len(TASKS[task].classes), hidden=8).to(memory_format=torch.channels_last)
+    scorer = Scorer(TASKS[task], network, Preprocess(size, crop, seen=seen))
+    images = [image for batch in random_batches(size) for image in batch[:, 0]]
+    views = scorer.prepare(torch.from_numpy(np.stack([draw_on_canvas(image, size, crop) for image in images]))[:, None])
+    head = network.get_submodule("head.out")
+    with torch.no_grad():
+        for layer in network.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = None  # the statistics of these images alone
+        network.train()(views)
+        logits = network.eval()(views)
+        scale = SPREAD / logits.std(dim=0)
+        head.weight *= scale[:, None]
+        head.bias.copy_((head.bias - logits.mean(dim=0)) * scale)
+    scorer.eval().requires_grad_(False)
     return Model(Path("nowhere"), RECORD, scorer, None)  # the screen is not exported
 
 

@@ -152,9 +152,9 @@ class Measured:
 
     def __init__(self, scorer: Scorer, data: Radiographs) -> None:
         self.scorer = scorer
-        started = time.perf_counter()
+        started = time.process_time()
         self.screen = Screen(fit_screen(scorer, data))
-        self.fitted_in = time.perf_counter() - started
+        self.fitted_in = time.process_time() - started
 
     def drawn(self, pictures: Pictures) -> NDArray[np.uint8]:
         """The squares that the network sees of pictures of any size."""
@@ -190,7 +190,7 @@ def main(words: list[str]) -> None:
     print(f"\n### {folder.name}\n")
     print(
         f"Cut-offs for {100 * ALPHA} % a check from {len(data.dataset('val'))} validation images, fitted in "
-        f"{measured.fitted_in:.0f} s to {len(data.dataset('train'))} training images. Python "
+        f"{measured.fitted_in:.0f} s of CPU to {len(data.dataset('train'))} training images. Python "
         f"{platform.python_version()}, torch {torch.__version__}, sklearn {sklearn.__version__}.\n"
     )
     print("| images | n | flagged, % (95 %) | " + " | ".join(REASONS) + " |\n|---|---:|---:|" + "---:|" * len(REASONS))
