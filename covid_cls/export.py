@@ -44,8 +44,8 @@ def export(cfg: DictConfig) -> None:
     pictures, words = _pictures(settings["input"])
     data = exported.export_model(model, kind)
     ours, theirs = exported.run_model(model), exported.open_exported(data, kind)
-    noise = exported.random_batches(model.scorer.preprocess.size)
-    batches = {"noise of several sizes": noise, words: exported.batches_of(pictures)}
+    drawn = exported.random_batches(model.scorer.preprocess.size)
+    batches = {"random images of several sizes": drawn, words: exported.batches_of(pictures)}
     gaps = {where: exported.largest_difference(ours, theirs, some) for where, some in batches.items()}
     log.info("largest difference from the model, where %g is allowed", exported.TOLERANCE)
     for where, (logit, probability) in gaps.items():

@@ -71,7 +71,7 @@ def test_an_onnx_file_gives_the_numbers_of_predict(run: Path, scans: Path, expor
     assert len(lines) == 9, done.stdout
     assert "1 files cannot be read and are not compared: note.txt: a text file, not an image" in done.stdout
     found = re.findall(r"\d {3}(.*): (\S+) of a logit, (\S+) of a probability", done.stdout)
-    assert [where for where, _, _ in found] == ["noise of several sizes", f"6 of 7 files of {scans}"]
+    assert [where for where, _, _ in found] == ["random images of several sizes", f"6 of 7 files of {scans}"]
     assert max(float(gap) for _, *gaps in found for gap in gaps) <= 1e-4
     assert re.search(r"batch of 8: covid_cls \d+\.\d, onnx file \d+\.\d", done.stdout)
     size = (tmp_path / "a" / "model.onnx").stat().st_size

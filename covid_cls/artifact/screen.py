@@ -59,6 +59,12 @@ class _Gaussian(NamedTuple):
     axes: Floats
     variances: Floats
 
+    @property
+    def sound(self) -> bool:
+        """Whether shapes fit and variances are variances."""
+        fits = self.axes.ndim == 2 and self.mean.shape == self.axes.shape[1:]
+        return fits and self.variances.shape == (len(self.axes) + 1,) and bool((self.variances > 0).all())
+
     def distance(self, x: Floats) -> Floats:
         """The logarithm of the squared Mahalanobis distance, (n,), of rows (n, D)."""
         centred = x - self.mean
@@ -73,17 +79,22 @@ class Screen:
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         try:
             self.crop = int(tensors["crop"])
-            self.weight, self.bias = _floats(tensors["kind.weight"]), _floats(tensors["kind.bias"])
+            self.weight, self.bias, self.cuts = (
+                _floats(tensors[name]) for name in ("kind.weight", "kind.bias", "cuts")
+            )
             self.thumbnail, self.embedding = (
                 _Gaussian(*(_floats(tensors[f"{name}.{part}"]) for part in _Gaussian._fields))
                 for name in ("thumbnail", "embedding")
             )
-            self.cuts = _floats(tensors["cuts"])
-            self._scores(np.zeros((1, self.crop, self.crop), np.uint8), np.zeros((1, len(self.embedding.mean))))
-        except (KeyError, ValueError, RuntimeError, IndexError, cv2.error) as error:
+        except (KeyError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"the model's screen tensors are missing or do not fit ({error}); train it anew"
+                f"the model's screen lacks a tensor or has a damaged one ({error}); train it anew"
             ) from error
+        kinds, pixels = len(_KINDS), SIDE * SIDE
+        found = (self.weight.shape, self.bias.shape, self.cuts.shape, self.thumbnail.mean.shape)
+        sound = found == ((kinds, pixels), (kinds,), (4,), (pixels,)) and self.crop >= SIDE
+        if not (sound and self.thumbnail.sound and self.embedding.sound):
+            raise InputError("the model's screen has tensors that do not fit together; train it anew")
 
     def reasons(self, canvases: NDArray[np.uint8], embeddings: NDArray[np.floating]) -> list[list[str]]:
         """Codes of `REASONS` for each image, none for an image that raises no doubt.
@@ -92,7 +103,8 @@ class Screen:
         of `Scorer.embed`. An image that is turned or inverted and no chest either way is only said to be no chest.
         """
         kinds, scores = self._scores(canvases, embeddings)
-        return [self._codes(_KINDS[kind], over) for kind, over in zip(kinds, scores > self.cuts, strict=True)]
+        over = ~(scores <= self.cuts)  # a score that is no number is flagged, too
+        return [self._codes(_KINDS[kind], flags) for kind, flags in zip(kinds, over, strict=True)]
 
     def _codes(self, kind: tuple[bool, int], over: NDArray[np.bool_]) -> list[str]:
         turned, template, thumbnail, far = over.tolist()
@@ -117,14 +129,14 @@ class Screen:
         found = zip(thumbnails, (_KINDS[kind] for kind in kinds), strict=True)
         upright = np.stack([_turned(one, inverted, -turns) for one, (inverted, turns) in found])
         rows = upright.reshape(len(upright), -1)
-        template = self.thumbnail.mean / np.linalg.norm(self.thumbnail.mean)
+        template = self.thumbnail.mean / max(float(np.linalg.norm(self.thumbnail.mean)), _SMALLEST)
         unlike = _log(1 - rows @ template / SIDE)  # a standardised thumbnail has the norm SIDE
         far = self.embedding.distance(_root(embeddings))
         return kinds, np.stack([margin, unlike, self.thumbnail.distance(rows), far], axis=1)
 
 
 def fit_screen(scorer: Scorer, data: Radiographs) -> dict[str, Tensor]:
-    """What `Screen` is made of: float32 tensors, and `crop`. A function of the network and of the split, nothing else.
+    """The tensors that `Screen` is made of: a function of the network and of the split, and nothing else.
 
     Fitted to training images, cut-offs from validation images (see `cut_off`), at most `MOST` each; never from test.
     Embeddings are computed on the scorer's device.
@@ -139,7 +151,7 @@ def fit_screen(scorer: Scorer, data: Radiographs) -> dict[str, Tensor]:
         "crop": torch.tensor(crop),
         "kind.weight": _tensor(kind.coef_),
         "kind.bias": _tensor(kind.intercept_),
-        "cuts": torch.full((4,), _NEVER),
+        "cuts": torch.full((4,), _NEVER, dtype=torch.float64),
         **_fit_gaussian("thumbnail", thumbnails.reshape(len(thumbnails), -1), THUMBNAIL_AXES),
         **_fit_gaussian("embedding", _root(embedded), EMBEDDING_AXES),
     }
@@ -147,15 +159,15 @@ def fit_screen(scorer: Scorer, data: Radiographs) -> dict[str, Tensor]:
     _, scores = Screen(tensors)._scores(*_looked_at(scorer, data, "val"))
     cuts = np.array([cut_off(column) for column in scores.T])
     cuts[0] = max(cuts[0], 0)
-    return tensors | {"cuts": _tensor(cuts)}
+    return tensors | {"cuts": torch.from_numpy(cuts)}  # not rounded: one of them may be an image's own score
 
 
 def cut_off(scores: Floats, alpha: float = ALPHA) -> float:
-    """What a new score of the kind of `scores` (n,) exceeds with probability `alpha` at most.
+    """What a new score of the kind of `scores` (n,) exceeds with probability `alpha`, or less often.
 
     The ceil((n + 1) (1 - alpha))-th smallest, which holds for any distribution (conformal prediction). Where there are
     too few scores for that, the upper prediction limit of a normal distribution (mean + t sd sqrt(1 + 1/n)), and at
-    least the largest of them; a single score allows neither, and nothing exceeds the answer.
+    least the largest of them. From a single score nothing can be told, and no number exceeds the answer.
     """
     n = len(scores)
     rank = int(np.ceil((n + 1) * (1 - alpha)))
