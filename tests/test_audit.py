@@ -130,5 +130,5 @@ def test_a_fault_of_the_input_is_one_line_and_exit_code_2(
 def test_help_names_what_audit_takes(audit: Command, tmp_path: Path) -> None:
     done = audit(tmp_path, "--help")
     assert done.returncode == 0
-    for word in ("covid_cls.audit", "probe_folds", "data: base, folder, manifest, phantom"):
+    for word in ("covid_cls.audit", "probe_folds", "data.root=DIR"):
         assert word in done.stdout

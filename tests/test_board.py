@@ -179,8 +179,8 @@ def page() -> Iterator[Page]:
 
 # What a person looks for in each tab, beside the names of the runs.
 TABS = {
-    "timeseries": ["accuracy", "auroc/train", "Smoothed"],
-    "scalars": ["accuracy/train", "accuracy/val", "auroc/train/pneumonia"],
+    "timeseries": ["accuracy", "auroc", "Smoothed"],
+    "scalars": ["accuracy/train", "accuracy/val", "auroc/val"],
     "custom_scalars": [*CHARTS, *CHARTS["validation"], *CHARTS["generalisation"], "Matches (2)", "Matches (4)"],
     "images": ["confusion_matrix/val", "grad_cam/val", "step 3"],
     "pr_curves": [*(f"pr/val/{name}" for name in CLASSES), "is at step 3"],

@@ -1,5 +1,6 @@
 """`python -m covid_cls.predict` as a user starts it: in a subprocess, from another folder."""
 
+import json
 import os
 import random
 import re
@@ -41,8 +42,8 @@ def predict(environment: dict[str, str]) -> Command:
 @pytest.fixture(scope="module")
 def phantoms(cache: Path, run: Path) -> Path:
     """The manifest of the phantoms that the run was trained on."""
-    images = {Path(name).name for split in ("val", "test") for name in ids(run, split)}
-    (path,) = [p for p in cache.rglob("manifest.csv") if images <= {Path(name).name for name in pd.read_csv(p)["path"]}]
+    images = json.loads((run / "run.json").read_text())["config"]["data"]["images"]
+    (path,) = cache.glob(f"phantoms/{images}-0-none-*/manifest.csv")
     return path
 
 
