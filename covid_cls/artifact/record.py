@@ -1,6 +1,8 @@
 """What a finished run writes as its model: the network, when to doubt it, and a record of what it is worth."""
 
 import datetime
+import hashlib
+import json
 import math
 import warnings
 from pathlib import Path
@@ -8,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
 
+from covid_cls.artifact import screen
 from covid_cls.artifact.files import MODEL, read_record, update_record, write_artifact
-from covid_cls.artifact.screen import fit_screen
 from covid_cls.data.datamodule import Radiographs
 from covid_cls.evaluation.intervals import score_intervals
 from covid_cls.evaluation.operating import frozen_operating
@@ -18,8 +23,9 @@ from covid_cls.evaluation.resampling import patient_codes
 from covid_cls.evaluation.summary import without_nan
 from covid_cls.labels import POSITIVE, Task
 from covid_cls.models.scorer import Scorer
-from covid_cls.records import read_predictions
+from covid_cls.records import digest, files_digest, read_predictions, whole_file
 
+_VIEW = ("size", "crop", "mean", "sd", "seen")  # what decides the network's input
 INTENDED_USE = (
     "For research on how such networks behave: to repeat, compare and explain their scores on frontal chest "
     "radiographs. It has not been validated for clinical use, and a score is a statement about a data set, never about "
@@ -44,7 +50,26 @@ def write_model(
     val = read_predictions(folder / "predictions-val.csv", scorer.task.classes)
     metrics = [validation_block(val, scorer.task, str(data.name))]
     record = model_record(scorer, data, run, frozen, metrics, epochs)
-    write_artifact(folder / MODEL, scorer, fit_screen(scorer, data), record)
+    write_artifact(folder / MODEL, scorer, known_screen(scorer, data), record)
+
+
+def known_screen(scorer: Scorer, data: Radiographs) -> dict[str, Tensor]:
+    """What `fit_screen` gives, from the cache of `data` where a network of the same stages before its head was there.
+
+    A sweep over heads shares it: fitting costs a pass of the network over up to 2,000 images, which takes longer than
+    training a head on cached features.
+    """
+    stages = {name: t.detach().cpu().contiguous() for name, t in scorer.net.state_dict().items() if name[:5] != "head."}
+    view = {name: getattr(scorer.preprocess, name) for name in _VIEW}
+    facts = [hashlib.sha256(save(stages)).hexdigest(), view, data.digest, data.store_digest]
+    path = data.cache / "screens" / f"{digest(json.dumps([*facts, files_digest([Path(screen.__file__)])]))}.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):  # not there yet, or damaged
+        tensors = screen.fit_screen(scorer, data)
+    with whole_file(path) as file:
+        file.write(save(tensors))
+    return tensors
 
 
 def model_record(
@@ -75,7 +100,7 @@ def model_record(
             "freeze_until": config["strategy"]["freeze_until"],
             "head": {"hidden": config["head"]["hidden"], "dropout": config["head"]["dropout"]},
         },
-        "preprocessing": {name: getattr(view, name) for name in ("size", "crop", "mean", "sd", "seen")},
+        "preprocessing": {name: getattr(view, name) for name in _VIEW},
         "operating": operating,
         "metrics": metrics,
         "weights": {
