@@ -1,5 +1,6 @@
 """What several test folders share: a store for decoded phantoms, and commands started as a user starts them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -57,3 +58,11 @@ def run(train: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     (record,) = folder.rglob("run.json")
     return record.parent
+
+
+@pytest.fixture(scope="session")
+def phantoms(cache: Path, run: Path) -> Path:
+    """The manifest of the phantoms that the run was trained on."""
+    images = json.loads((run / "run.json").read_text())["config"]["data"]["images"]
+    (path,) = cache.glob(f"phantoms/{images}-0-none-*/manifest.csv")
+    return path

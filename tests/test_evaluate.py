@@ -46,7 +46,7 @@ def trained(train: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cell(trained: Path, tmp_path: Path) -> Path:
-    """A copy of the run, below outputs, that a test may change; as train leaves it without a look at its test split."""
+    """A copy of the run, below outputs, that a test may change, without what was frozen and without a look at test."""
     copy = tmp_path / "outputs" / "phantom" / "cell"
     shutil.copytree(trained, copy)
     for made in ("operating.json", "openings.csv"):
@@ -122,7 +122,7 @@ def test_a_run_scores_other_images_with_what_it_froze(cell: Path, tmp_path: Path
     done = evaluate(tmp_path, f"run={cell}", *words, FEW)
     assert done.returncode == 0, done.stderr
     found = metrics(cell / f"evaluation-{folder.name}")
-    assert found["operating"] == json.loads((cell / "operating.json").read_text())
+    assert found["operating"] == json.loads((cell / "model" / "model.json").read_text())["operating"]
     assert (found["n_images"], found["split"]) == (len(manifest), "external")
     assert found["image"]["overall"]["macro_auroc"]["value"] is None
     assert any(f"{folder.name} has no image of pneumonia" in note for note in found["notes"])

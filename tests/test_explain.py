@@ -51,12 +51,6 @@ def read(path: Path) -> pd.DataFrame:
     return pd.read_csv(path / "explain.csv", keep_default_na=False, na_values=[""], dtype={"reasons": str})
 
 
-def manifest_of(cache: Path, names: list[str]) -> Path:
-    """The manifest of the phantoms with these images."""
-    (path,) = [p for p in cache.rglob("manifest.csv") if set(names) <= set(pd.read_csv(p)["path"])]
-    return path
-
-
 def explained(similarity: list[float], n: int = 4) -> Explained:
     """Maps of known similarity to those of random weights, the first `n` of them to be drawn."""
     rng = np.random.default_rng(0)
@@ -106,12 +100,11 @@ def test_figures_are_there_only_where_the_method_passes(of_split: Path) -> None:
     assert ("data:image/jpeg" in page) == bool(drawn)
 
 
-def test_a_manifest_brings_labels_and_masks(explain: Command, run: Path, cache: Path, tmp_path: Path) -> None:
-    names = pd.read_csv(run / "predictions-val.csv")["image_id"].tolist()
-    whole = manifest_of(cache, names)
-    rows = pd.read_csv(whole, dtype=str).query("path in @names").head(3)
+def test_a_manifest_brings_labels_and_masks(explain: Command, run: Path, phantoms: Path, tmp_path: Path) -> None:
+    rows = pd.read_csv(phantoms, dtype=str)
+    rows = rows[rows["path"].isin(pd.read_csv(run / "predictions-val.csv")["image_id"])].head(3)
     rows["mask"] = [rows["mask"].iloc[0], "", rows["mask"].iloc[2]]
-    part = whole.parent / "part.csv"
+    part = phantoms.parent / "part.csv"
     rows.to_csv(part, index=False)
     words = (f"model={run / 'model'}", f"input={part}", "target=label", "output=out", *QUICK, "steps=0")
     done = explain(tmp_path, *words)
@@ -124,9 +117,11 @@ def test_a_manifest_brings_labels_and_masks(explain: Command, run: Path, cache: 
     assert table["deletion"].isna().all()
 
 
-def test_a_folder_keeps_a_row_for_what_cannot_be_read(explain: Command, run: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_folder_keeps_a_row_for_what_cannot_be_read(
+    explain: Command, run: Path, phantoms: Path, tmp_path: Path
+) -> None:
     name = pd.read_csv(run / "predictions-val.csv")["image_id"][0]
-    source = manifest_of(cache, [name]).parent / name
+    source = phantoms.parent / name
     (tmp_path / "scans").mkdir()
     (tmp_path / "scans" / "a.png").write_bytes(source.read_bytes())
     (tmp_path / "scans" / "b.png").write_bytes(source.read_bytes()[:500])

@@ -1,6 +1,5 @@
 """`python -m covid_cls.predict` as a user starts it: in a subprocess, from another folder."""
 
-import json
 import os
 import random
 import re
@@ -37,14 +36,6 @@ ARGMAX = "threshold=argmax"  # so short a training gives no threshold that is wo
 def predict(environment: dict[str, str]) -> Command:
     """`python -m covid_cls.predict *words`, started in `folder`."""
     return starter("predict", environment)
-
-
-@pytest.fixture(scope="module")
-def phantoms(cache: Path, run: Path) -> Path:
-    """The manifest of the phantoms that the run was trained on."""
-    images = json.loads((run / "run.json").read_text())["config"]["data"]["images"]
-    (path,) = cache.glob(f"phantoms/{images}-0-none-*/manifest.csv")
-    return path
 
 
 def ids(run: Path, split: str) -> list[str]:

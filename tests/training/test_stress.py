@@ -24,10 +24,11 @@ class Reader(nn.Module):
     def __init__(self, rows: slice, columns: slice) -> None:
         super().__init__()
         self.rows, self.columns = rows, columns
+        self.cut = nn.Parameter(torch.tensor(240 / 255))
 
     def run(self, x: Tensor, start: int = 0) -> Tensor:
         grey = x[:, 0, self.rows, self.columns].amax(dim=(1, 2)) * 0.226 + 0.449
-        return torch.stack([50 * (grey - 240 / 255), torch.zeros_like(grey)], dim=1)
+        return torch.stack([50 * (grey - self.cut), torch.zeros_like(grey)], dim=1)
 
 
 @pytest.fixture(scope="module")
