@@ -107,6 +107,13 @@ def existing_folder(name: str, output_root: str) -> Path:
     return below if below.is_dir() and not here.is_dir() else here
 
 
+def check_paths(settings: dict[str, Any], *names: str) -> None:
+    """InputError where one of these settings is no text: Hydra makes lists and numbers of some paths."""
+    for name in names:
+        if not isinstance(settings[name], str):
+            raise InputError(f"{name}={settings[name]}: no path to Hydra; put it in quotes twice: '{name}=\"…\"'")
+
+
 def recipe() -> str | None:
     """The name of the chosen experiment, e.g. "grid"."""
     choice = HydraConfig.get().runtime.choices.get("experiment")

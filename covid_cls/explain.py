@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from covid_cls.command import check_section, existing_folder, plain, run_command
-from covid_cls.errors import InputError, listed
+from covid_cls.command import check_paths, check_section, existing_folder, plain, run_command
+from covid_cls.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,9 +47,7 @@ def _check_subject(settings: dict[str, Any]) -> None:
     given = [name for name in ("model", "input", "run") if settings[name] is not None]
     if given not in (["model", "input"], ["run"]):
         raise InputError("give model=FOLDER with input=IMAGES, or run=FOLDER with split=val")
-    wrong = [name for name in (*given, "split") if not isinstance(settings[name], str)]
-    if wrong:
-        raise InputError(f"{listed(wrong)}: no path to Hydra; put it in quotes twice: '{wrong[0]}=\"…\"'")
+    check_paths(settings, *given, "split")
 
 
 def _images(settings: dict[str, Any], folder: Path, command: str) -> tuple["pd.DataFrame", str]:

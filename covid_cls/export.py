@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from covid_cls.command import existing_folder, plain, run_command
+from covid_cls.command import check_paths, existing_folder, plain, run_command
 from covid_cls.errors import InputError, listed
 from covid_cls.records import DISCLAIMER, whole_file
 
@@ -33,9 +33,7 @@ def export(cfg: DictConfig) -> None:
     kind = settings["format"]
     if kind not in exported.FORMATS:
         raise InputError(f"format={kind}: unknown; one of {listed(list(exported.FORMATS))}")
-    for name in ("model", "input", "output"):
-        if not isinstance(settings[name], str | None):
-            raise InputError(f"{name}={settings[name]}: no path to Hydra; put it in quotes twice: '{name}=\"…\"'")
+    check_paths(settings, *(name for name in ("model", "input", "output") if settings[name] is not None))
     model = load(existing_folder(settings["model"], settings["output_root"]), "cpu")
     name = Path(model.record["name"]).name + exported.FORMATS[kind]
     output = Path(settings["output"] or Path(settings["output_root"]) / "exports" / name).expanduser()

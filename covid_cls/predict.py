@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from covid_cls.command import check_section, existing_folder, plain, run_command
+from covid_cls.command import check_paths, check_section, existing_folder, plain, run_command
 from covid_cls.errors import InputError, listed
 from covid_cls.records import DISCLAIMER
 
@@ -26,9 +26,7 @@ def predict(cfg: DictConfig) -> None:
     from covid_cls.data.inputs import find_inputs
 
     settings = plain(cfg)
-    for name in ("model", "input"):
-        if not isinstance(settings[name], str):
-            raise InputError(f"{name}={settings[name]}: no path to Hydra; put it in quotes twice: '{name}=\"…\"'")
+    check_paths(settings, "model", "input")
     options = {name: settings[name] for name in ("threshold", "batch_size", "dicom_tags")}
     check_section("predict", predict_pictures, options)
     files = find_inputs(settings["input"])

@@ -129,12 +129,17 @@ def chromium(width: int = 1600, height: int = 1200) -> Iterator[Page]:
             )
             yield page
         finally:
-            browser.terminate()
-            try:
-                browser.wait(20)
-            except subprocess.TimeoutExpired:
-                browser.kill()
-                browser.wait()
+            stop(browser)
+
+
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """End a process, by force where it does not end by itself."""
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 if __name__ == "__main__":  # python -m tests.browser URL FILE.png WIDTH HEIGHT WORD...: a picture once all words appear

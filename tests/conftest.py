@@ -50,14 +50,18 @@ def train(environment: dict[str, str]) -> Command:
     return starter("train", environment)
 
 
-@pytest.fixture(scope="session")
-def run(train: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run on phantoms; tests may add to its ledger alone."""
-    folder = tmp_path_factory.mktemp("trained")
-    done = train(folder, *SMALL, "trainer.max_epochs=1", "logger=none", "probes=false")
+def trained_run(train: Command, folder: Path, *words: str) -> Path:
+    """The folder of a run of one epoch on small phantoms, trained in `folder`."""
+    done = train(folder, *SMALL, "trainer.max_epochs=1", "logger=none", *words)
     assert done.returncode == 0, done.stderr
     (record,) = folder.rglob("run.json")
     return record.parent
+
+
+@pytest.fixture(scope="session")
+def run(train: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run on phantoms; tests may add to its ledger alone."""
+    return trained_run(train, tmp_path_factory.mktemp("trained"), "probes=false")
 
 
 @pytest.fixture(scope="session")

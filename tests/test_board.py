@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.browser import CHROMIUM, Page, chromium
+from tests.browser import CHROMIUM, Page, chromium, stop
 from tests.conftest import SMALL, Command
 
 CLASSES = ("covid", "normal", "pneumonia")
@@ -66,12 +66,7 @@ def board(train: Command, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         _wait_until_read(found)
         yield found
     finally:
-        server.terminate()
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        stop(server)
 
 
 def _address(server: subprocess.Popen[bytes], log: Path) -> str:

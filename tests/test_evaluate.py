@@ -20,7 +20,7 @@ from covid_cls.evaluation.predictions import read_scores
 from covid_cls.evaluation.summary import summarise
 from covid_cls.labels import TASKS
 from covid_cls.records import DISCLAIMER, write_predictions
-from tests.conftest import SMALL, Command, starter
+from tests.conftest import Command, starter, trained_run
 from tests.evaluation.test_assessment import cohort
 
 FEW = "resamples=200"
@@ -37,11 +37,7 @@ def evaluate(environment: dict[str, str]) -> Command:
 @pytest.fixture(scope="module")
 def trained(train: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run on phantoms; not to be changed."""
-    folder = tmp_path_factory.mktemp("trained")
-    done = train(folder, *SMALL, "trainer.max_epochs=1", "task=three_class", "logger=none")
-    assert done.returncode == 0, done.stderr
-    (record,) = folder.rglob("run.json")
-    return record.parent
+    return trained_run(train, tmp_path_factory.mktemp("trained"), "task=three_class")
 
 
 @pytest.fixture

@@ -59,7 +59,11 @@ def known_screen(scorer: Scorer, data: Radiographs) -> dict[str, Tensor]:
     A sweep over heads shares it: fitting costs a pass of the network over up to 2,000 images, which takes longer than
     training a head on cached features.
     """
-    stages = {name: t.detach().cpu().contiguous() for name, t in scorer.net.state_dict().items() if name[:5] != "head."}
+    stages = {
+        name: t.detach().cpu().contiguous()
+        for name, t in scorer.net.state_dict().items()
+        if not name.startswith("head.")
+    }
     view = {name: getattr(scorer.preprocess, name) for name in _VIEW}
     facts = [hashlib.sha256(save(stages)).hexdigest(), view, data.digest, data.store_digest]
     path = data.cache / "screens" / f"{digest(json.dumps([*facts, files_digest([Path(screen.__file__)])]))}.safetensors"

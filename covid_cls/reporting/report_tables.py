@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from covid_cls.artifact.card import markdown_table
 from covid_cls.evaluation.intervals import Interval
 from covid_cls.evaluation.resampling import patient_codes
 from covid_cls.labels import Task
@@ -151,8 +152,7 @@ def results_md(results: Sequence[ProtocolResult], disclaimer: str) -> str:
         headers, rows, _ = grid_table(result)
         parts.append(f"### {result.protocol.name}")
         parts.append("\n".join(f"- {line}" for line in result.verdict.lines))
-        table = [headers, ["---"] * len(headers), *rows]
-        parts.append("\n".join("| " + " | ".join(_markdown(cell) for cell in row) + " |" for row in table))
+        parts.append(markdown_table(headers, rows))
         runs = common_runs(result)
         each = f"Each cell: {runs}. " if runs else ""
         parts.append(
@@ -182,7 +182,3 @@ def _digits(interval: Interval) -> list[str]:
 
 def _digit(value: float) -> str:
     return repr(float(value)) if math.isfinite(value) else ""
-
-
-def _markdown(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", "<br>")
