@@ -4,6 +4,7 @@ import inspect
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import UnionType
@@ -17,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from covid_cls.errors import InputError, listed
+from covid_cls.sweep import Sweep, end_with_sweep, run_job
 
 
 class ConsoleHandler(logging.StreamHandler[TextIO]):
@@ -39,42 +41,54 @@ def conf_folder() -> Path:
 
 
 def run_command(
-    task: Callable[[DictConfig], None], config_name: str, stopped: str = "before its results were whole"
+    task: Callable[[DictConfig], None],
+    config_name: str,
+    stopped: str = "before its results were whole",
+    isolated: bool = False,
 ) -> None:
     """Run `task` on the composed configuration and exit: 0 done, 2 the user's input is at fault, 1 anything else.
 
     A fault of the input is one line on stderr, with a traceback only where HYDRA_FULL_ERROR=1; in a multirun the other
-    jobs go on. Ctrl-C exits with 130 and says what was `stopped` with it.
+    jobs go on. isolated: each job of a multirun is a process of its own, see `sweep.run_job`; the command's module has
+    the name of its configuration. Ctrl-C exits with 130 and says what was `stopped` with it.
     """
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # Hydra otherwise prints what goes wrong its own way and exits with 1, whatever it was.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    at_fault = False
+    code = 0
 
     def guarded(cfg: DictConfig) -> None:
-        nonlocal at_fault
+        nonlocal code
+        if isolated and _sweeping():
+            run_job(f"covid_cls.{config_name}", cfg.sweep.fail_fast, full)
+            return
         try:
             task(cfg)
         except InputError as error:
             if full:
                 raise
-            at_fault = True
-            job = f" ({' '.join(HydraConfig.get().overrides.task)})" if sweeping() else ""
+            code = 2
+            job = f" ({' '.join(HydraConfig.get().overrides.task)})" if _sweeping() else ""
             print(f"error: {error}{job}", file=sys.stderr)
 
+    end_with_sweep()
     try:
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(guarded)()
-    except InstantiationException:  # a fault of ours or of a library: Hydra wraps what a constructor raised
-        raise
     except (HydraException, OmegaConfBaseException) as error:
-        if full:
+        if full or isinstance(error, InstantiationException):  # Hydra's word for whatever a constructor raised
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        at_fault = True
+        reason = error.__cause__ if isinstance(error.__cause__, InputError) else error  # of a resolver of ours
+        print(f"error: {_one_line(reason)}", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
         print(f"stopped: {stopped}", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(2 if at_fault else 0)
+        code = 130
+    except Exception:
+        if not Sweep.current:
+            raise
+        traceback.print_exc()  # of a launcher; what became of its cells is listed all the same
+        code = 1
+    sys.exit((Sweep.current.close() if Sweep.current else 0) or code)
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -120,8 +134,7 @@ def recipe() -> str | None:
     return None if choice in (None, "null") else str(choice)
 
 
-def sweeping() -> bool:
-    """Whether this is one job of a multirun."""
+def _sweeping() -> bool:
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from covid_cls.command import check_section, plain, recipe, run_command, sweeping
+from covid_cls.command import check_section, plain, recipe, run_command
 from covid_cls.errors import InputError
 from covid_cls.labels import TASKS
+from covid_cls.sweep import inside_sweep, name_cell
 
 if TYPE_CHECKING:
     from covid_cls.data.datamodule import Radiographs
@@ -39,8 +40,6 @@ def train(cfg: DictConfig) -> None:
     check_weighting(settings["loss"], settings["data"]["sampler"])
     if (settings["trainer"]["max_epochs"] or 0) < 1:
         raise InputError("trainer.max_epochs must be a number of at least 1")
-    if sweeping() and settings["trainer"].get("strategy") == "ddp":
-        raise InputError("trainer=ddp with -m: jobs of one process would start one another; start cells one by one")
     seed_everything(settings["seed"], workers=True, verbose=False)
     augment = Augment(**settings["augment"])
     fixed_views(settings["feature_cache"], augment, settings["strategy"])
@@ -51,6 +50,7 @@ def train(cfg: DictConfig) -> None:
     if not first:
         logging.disable(logging.INFO)
     with open_run(root, settings, data.digest, rerun=settings["rerun"], writes=first) as run:
+        name_cell(run.folder)
         if run.finished:
             log.info("this cell is finished; rerun=true trains it anew")
         else:
@@ -72,7 +72,7 @@ def train_cell(settings: dict[str, Any], data: "Radiographs", run: "Run", notes:
     from covid_cls.training.stress import write_stress
 
     resume = run.last_checkpoint
-    classifier = start_classifier(settings, data, run, download=not sweeping())
+    classifier = start_classifier(settings, data, run, download=not inside_sweep())
     run.note(notes=[*run.record["notes"], *notes])
     with run.training():
         history = EpochHistory()
@@ -97,4 +97,4 @@ def train_cell(settings: dict[str, Any], data: "Radiographs", run: "Run", notes:
 
 
 if __name__ == "__main__":
-    run_command(train, "train", stopped="the same command goes on from the last finished epoch")
+    run_command(train, "train", stopped="the same command goes on from the last finished epoch", isolated=True)

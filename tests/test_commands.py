@@ -276,27 +276,6 @@ def test_a_diverging_run_stops_with_exit_code_1_and_says_so(train: Command, tmp_
     assert "lower optimizer.lr" in record(cell)["reason"]
 
 
-def test_a_sweep_runs_its_cells_and_goes_on_past_a_fault(train: Command, tmp_path: Path) -> None:
-    done = train(
-        tmp_path,
-        "-m",
-        *SMALL,
-        "trainer.max_epochs=1",
-        "strategy=fc,full",
-        "loss=ce,focal",
-        "head.hidden=null,150",
-        "preprocess.sd=0.2,0.0",
-        "test=false",
-        "name=sweep",
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("error: preprocess.sd=0.0: must be above 0") == 8
-    found = cells(tmp_path / "outputs" / "sweep")
-    assert len(found) == 8
-    assert {record(cell)["status"] for cell in found} == {"finished"}
-    assert not list(found[0].glob("predictions-test.csv"))
-
-
 def test_each_recipe_trains(train: Command, tmp_path: Path) -> None:
     recipes = "seed_part1/fc,seed_part1/partial,seed_part1/full,seed_part2/bce,seed_part2/focal"
     done = train(tmp_path, "-m", f"experiment={recipes}", *SMALL, "trainer.max_epochs=2")
@@ -328,12 +307,6 @@ def test_two_processes_train_one_network(train: Command, tmp_path: Path) -> None
     table = pd.read_csv(cell / "predictions-test.csv")
     assert table["image_id"].is_unique
     assert len(table) == sum(record(cell)["data"]["images_per_split_and_class"]["test"].values())
-
-
-def test_ddp_is_refused_in_a_sweep(train: Command, tmp_path: Path) -> None:
-    done = train(tmp_path, "-m", "trainer=ddp", "seed=0,1")
-    assert done.returncode == 2
-    assert "start cells one by one" in done.stderr
 
 
 def test_help_lists_groups_values_and_examples(train: Command, tmp_path: Path) -> None:

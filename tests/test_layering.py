@@ -17,6 +17,7 @@ LAYERS = (
     {"audits", "training", "attribution"},
     {"artifact"},
     {"reporting"},
+    {"sweep"},
     {"command"},
     {"assemble"},
     {"speed"},
@@ -82,7 +83,7 @@ def test_layers_keep_to_their_libraries(path: Path) -> None:
 
 def test_only_commands_import_hydra() -> None:
     users = {_home(path) for path in FILES if {"hydra", "omegaconf"} & {n.split(".")[0] for n in _imports(path)}}
-    assert users == {"command", "assemble"} | LAYERS[-1]
+    assert users == {"sweep", "command", "assemble"} | LAYERS[-1]
 
 
 def test_only_training_holds_a_lightning_module() -> None:

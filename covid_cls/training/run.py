@@ -43,6 +43,7 @@ _NOT_IN_DIGEST = (
     "audit",
     "probes",
     "operating",
+    "sweep",
 )
 _DATA_NOT_IN_DIGEST = ("path", "root", "cache", "workers")
 

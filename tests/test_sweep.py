@@ -1,0 +1,236 @@
+"""A sweep's cells are processes: what ends one ends no other, and each failure is named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from covid_cls.errors import InputError
+from covid_cls.records import read_json
+from covid_cls.sweep import Sweep, gpu_slots, run_cell, visible_gpus
+from tests.conftest import Command
+from tests.test_commands import SMALL, cells, record
+
+# Stands for a command: a process that ends as its first word says.
+CELL = """
+import os, signal, sys, time
+from pathlib import Path
+word = sys.argv[1]
+print("this is", word)
+if word == "raise": raise ValueError("planted")
+if word.isdigit(): sys.exit(int(word))
+if word == "kill": os.kill(os.getpid(), signal.SIGKILL)
+if word == "wait": time.sleep(60)
+if word == "gpu":
+    with Path("used.txt").open("a") as file:
+        file.write(f"+{os.environ['CUDA_VISIBLE_DEVICES']}\\n"); file.flush()
+        time.sleep(0.5)
+        file.write(f"-{os.environ['CUDA_VISIBLE_DEVICES']}\\n")
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sweep]:
+    """A sweep on four slots of two GPUs, and the module `cell` for its cells to run."""
+    (tmp_path / "cell.py").write_text(CELL)
+    monkeypatch.chdir(tmp_path)
+    sweep = Sweep(tmp_path / "sweep", ["a", "b", "a", "b"])
+    yield sweep
+    if Sweep.current:
+        sweep.close()
+
+
+def statuses(sweep: Sweep) -> list[str]:
+    return [read_json(path)["status"] for path in sorted(sweep.folder.glob("job-*.json"))]
+
+
+@pytest.mark.parametrize(
+    ("word", "status", "code", "exit_code", "said"),
+    [
+        ("fine", "finished", 0, 0, ""),
+        ("raise", "failed", 1, 1, "ValueError: planted"),
+        ("3", "failed", 3, 1, "exit code 3"),
+        ("2", "refused", 2, 2, "this is 2"),
+        ("kill", "failed", -9, 1, "killed by SIGKILL, as the system does when memory runs out"),
+    ],
+)
+def test_what_ends_a_cell_is_recorded_and_ends_nothing_else(
+    sweep: Sweep, word: str, status: str, code: int, exit_code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_cell("cell", ["fine", "seed=1"], sweep.folder, 0)
+    found = run_cell("cell", [word, "seed=2"], sweep.folder, 1)
+    run_cell("cell", ["fine", "seed=3"], sweep.folder, 2)
+    assert (found["status"], found["code"]) == (status, code)
+    assert statuses(sweep) == ["finished", status, "finished"]
+    assert sweep.close() == exit_code
+    printed = capsys.readouterr()
+    assert f"[1] this is {word}\n" in printed.out
+    assert f"this is {word}\n" in Path(found["log"]).read_text()
+    assert said in printed.err
+    assert (f"failed: {word} seed=2: " in printed.err) == (status != "finished")
+    assert str(found["log"]) in printed.err or status == "finished"
+
+
+def test_no_gpu_is_shared_by_more_cells_than_it_has_slots(sweep: Sweep) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda number: run_cell("cell", ["gpu"], sweep.folder, number), range(8)))
+    assert statuses(sweep) == ["finished"] * 8
+    held = {"a": 0, "b": 0}
+    most = dict(held)
+    for line in Path("used.txt").read_text().split():
+        held[line[1:]] += 1 if line[0] == "+" else -1
+        most[line[1:]] = max(most[line[1:]], held[line[1:]])
+    assert held == {"a": 0, "b": 0}
+    assert most == {"a": 2, "b": 2}
+
+
+def test_a_signal_ends_the_running_cell_and_starts_no_more(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    assert run_cell("cell", ["wait"], sweep.folder, 0)["status"] == "stopped"
+    assert run_cell("cell", ["fine"], sweep.folder, 1)["status"] == "not started"
+    assert sweep.close() == 143
+    assert "1 stopped, 1 not started" in capsys.readouterr().out
+
+
+def test_fail_fast_starts_no_cell_after_a_failure(sweep: Sweep) -> None:
+    for number, word in enumerate(("fine", "raise", "fine")):
+        run_cell("cell", [word], sweep.folder, number, fail_fast=True)
+    assert statuses(sweep) == ["finished", "failed", "not started"]
+    assert sweep.close() == 1
+
+
+def test_a_cell_whose_watcher_died_is_named(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_cell("cell", ["fine"], sweep.folder, 0)
+    lost = {key: value for key, value in found.items() if key != "code"} | {"status": "running"}
+    (sweep.folder / "job-0.json").write_text(json.dumps(lost))
+    assert sweep.close() == 1
+    assert "ended without a word" in capsys.readouterr().err
+
+
+def test_slots_are_the_gpus_that_cells_may_share() -> None:
+    assert gpu_slots({"accelerator": "cpu"}, 2) == []
+    assert gpu_slots({"accelerator": "auto", "strategy": "ddp"}, 2) == []
+    with pytest.raises(InputError, match=r"sweep\.jobs_per_gpu=0"):
+        gpu_slots({"accelerator": "auto"}, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpus_are_named_as_cuda_names_them() -> None:
+    assert visible_gpus("auto")[0] == os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
+
+def test_a_sweep_runs_its_cells_and_goes_on_past_a_fault(train: Command, tmp_path: Path) -> None:
+    words = ("-m", *SMALL, "trainer.max_epochs=1", "loss=ce,focal", "preprocess.sd=0.2,0.0", "test=false", "name=sweep")
+    done = train(tmp_path, *words)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error: preprocess.sd=0.0: must be above 0") == 2
+    assert "failed: loss=focal preprocess.sd=0.0: exit code 2" in done.stderr
+    assert "2 finished, 2 refused" in done.stdout
+    found = cells(tmp_path / "outputs" / "sweep")
+    assert len(found) == 2
+    assert {record(cell)["status"] for cell in found} == {"finished"}
+    assert not list(found[0].glob("predictions-test.csv"))
+
+
+def test_submitit_runs_cells_even_of_several_processes(train: Command, tmp_path: Path) -> None:
+    words = [word for word in SMALL if word != "trainer=cpu"]
+    ddp = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_epochs=1")
+    done = train(tmp_path, "-m", "hydra/launcher=submitit_local", *words, *ddp, "seed=4", "strategy=fc")
+    assert done.returncode == 0, done.stderr
+    (cell,) = cells(tmp_path)
+    assert record(cell)["status"] == "finished"
+    (job,) = (tmp_path / "outputs" / "sweeps").glob("*/job-0.json")
+    assert Path(read_json(job)["cell"]) == cell.relative_to(tmp_path)
+
+
+@pytest.mark.parametrize("word", ["sweep.jobs_per_gpu=0", "sweep.fail_first=true"])
+def test_a_wrong_setting_of_the_sweep_is_refused_before_any_cell(train: Command, tmp_path: Path, word: str) -> None:
+    done = train(tmp_path, "-m", *SMALL, word)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.glob("outputs/sweeps/*/job-*"))
+
+
+@pytest.fixture
+def two_at_once(environment: dict[str, str], tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """A sweep of three cells, two at a time, both of which have finished an epoch; and its words."""
+    words = ["-m", *SMALL, "trainer.max_epochs=40", "callbacks=no_early_stopping", "seed=0,1,2", "strategy=fc"]
+    words += ["probes=false", "logger=none", "checkpoint_seconds=0", "hydra.launcher.n_jobs=2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "covid_cls.train", *words],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    waiting = {"0", "1"}
+    for line in process.stdout:
+        if "epoch 2/40" in line:
+            waiting.discard(line[1])
+        if not waiting:
+            break
+    yield process, words
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def jobs(folder: Path) -> list[dict[str, Any]]:
+    return [read_json(path) for path in sorted(folder.glob("outputs/sweeps/*/job-*.json"))]
+
+
+def test_ctrl_c_stops_a_sweep_that_goes_on(
+    two_at_once: tuple[subprocess.Popen[str], list[str]], train: Command, tmp_path: Path
+) -> None:
+    process, words = two_at_once
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does: to every process of the group
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "2 stopped, 1 not started" in out
+    assert "Traceback" not in out + errors
+    assert {record(cell)["status"] for cell in cells(tmp_path)} == {"interrupted"}
+    again = train(tmp_path, *words)
+    assert again.returncode == 0, again.stderr
+    assert "epoch 1/40" not in "".join(line for line in again.stdout.splitlines() if line.startswith(("[0]", "[1]")))
+    assert {record(cell)["status"] for cell in cells(tmp_path)} == {"finished"}
+    assert len(cells(tmp_path)) == 3
+
+
+def test_a_killed_sweep_leaves_no_process_running(
+    two_at_once: tuple[subprocess.Popen[str], list[str]], tmp_path: Path
+) -> None:
+    process, _ = two_at_once
+    running = [job["pid"] for job in jobs(tmp_path) if job["status"] == "running"]
+    assert len(running) == 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while any(map(alive, [*running, -process.pid])) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(map(alive, running))
+    assert not alive(-process.pid)  # the launcher's processes
+    assert {record(cell)["status"] for cell in cells(tmp_path)} == {"interrupted"}
+
+
+def alive(pid: int) -> bool:
+    """Whether there is such a process, or one of the group -pid."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
