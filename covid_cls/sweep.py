@@ -70,9 +70,9 @@ class Sweep:
             print("the same command again does only what is left", file=sys.stderr)
         if self.signal:
             return 130 if self.signal == signal.SIGINT else 143
-        if not failed:
-            return 0
-        return 2 if all(job["status"] == "refused" for job in failed) else 1
+        if failed:
+            return 2 if all(job["status"] == "refused" for job in failed) else 1
+        return 0 if len(jobs) == counts["finished"] else 143
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
@@ -157,8 +157,8 @@ def run_cell(
         record |= {"status": "running", "pid": process.pid, "host": socket.gethostname()}
         write_json(job.with_suffix(".json"), record)
         code = _wait(process, output, f"[{number}] ", stop)
-    stopped = stop.exists() and code in (130, 143, -signal.SIGTERM)
-    status = "stopped" if stopped else {0: "finished", 2: "refused"}.get(code, "failed")
+    statuses = {0: "finished", 2: "refused", 130: "stopped", 143: "stopped", -signal.SIGTERM: "stopped"}
+    status = statuses.get(code, "failed")
     record |= {"status": status, "code": code, "seconds": round(time.monotonic() - start, 1)}
     named = job.with_suffix(".cell")
     record["cell"] = named.read_text(encoding="utf-8") if named.is_file() else None

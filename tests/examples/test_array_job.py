@@ -1,4 +1,4 @@
-"""The array job of docs/hpc.md starts, as each of its tasks, one cell of its own."""
+"""The scripts of docs/hpc.md: an array whose tasks are one cell each, and a large run that goes back into the queue."""
 
 import os
 import re
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMALL
+from tests.conftest import ROOT, SMALL
 from tests.examples.documents import code_blocks
 
-(SCRIPT,) = code_blocks("hpc.md", "bash")
+LARGE, SCRIPT = code_blocks("hpc.md", "bash")
 RECORD = '#!/bin/sh\nprintf "%s\\n" "$*" >> started.txt\n'  # stands in for python
 
 
@@ -26,7 +26,7 @@ def run_task(folder: Path, environment: dict[str, str], number: int, path: Path,
 
 
 def test_the_tasks_are_all_cells_and_none_twice(environment: dict[str, str], tmp_path: Path) -> None:
-    found = re.search(r"--array=0-(\d+)", SCRIPT)
+    found = re.search(r"--array=0-(\d+)", (ROOT / "docs" / "hpc.md").read_text(encoding="utf-8"))
     assert found is not None
     (tmp_path / "python").write_text(RECORD, encoding="utf-8")
     (tmp_path / "python").chmod(0o755)
@@ -49,3 +49,18 @@ def test_a_task_trains_its_cell(number: int, environment: dict[str, str], tmp_pa
     run_task(tmp_path, environment, number, Path(sys.executable).parent, *words)
     (cell,) = (tmp_path / "outputs" / "my_sweep").iterdir()
     assert cell.name.startswith("three_class-resnet18-partial-focal-s1-")
+
+
+@pytest.mark.parametrize(("ended", "requeued"), [(0, False), (143, True), (1, False)])
+def test_a_large_run_goes_back_into_the_queue_when_it_was_warned(ended: int, requeued: bool, tmp_path: Path) -> None:
+    (tmp_path / "large.sh").write_text(LARGE, encoding="utf-8")
+    for name, code in (("srun", ended), ("scontrol", 0)):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >> started.txt\nexit {code}\n', encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    env = {"SLURM_JOB_ID": "7", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "large.sh", "seed=1"], cwd=tmp_path, env=env, check=False)
+    assert done.returncode == ended
+    run, *rest = (tmp_path / "started.txt").read_text(encoding="utf-8").splitlines()
+    assert run.startswith("srun python -m covid_cls.train trainer=ddp ")
+    assert run.endswith(" seed=1")
+    assert rest == (["scontrol requeue 7"] if requeued else [])
