@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from covid_cls.errors import InputError, listed
-from covid_cls.sweep import Sweep, end_with_sweep, run_job
+from covid_cls.multirun import run_job
+from covid_cls.sweep import Sweep, end_with_sweep
 
 
 class ConsoleHandler(logging.StreamHandler[TextIO]):
@@ -44,13 +45,14 @@ def run_command(
     task: Callable[[DictConfig], None],
     config_name: str,
     stopped: str = "before its results were whole",
-    isolated: bool = False,
+    finished: Callable[[DictConfig], Path | None] | None = None,
 ) -> None:
     """Run `task` on the composed configuration and exit: 0 done, 2 the user's input is at fault, 1 anything else.
 
     A fault of the input is one line on stderr, with a traceback only where HYDRA_FULL_ERROR=1; in a multirun the other
-    jobs go on. isolated: each job of a multirun is a process of its own, see `sweep.run_job`; the command's module has
-    the name of its configuration. Ctrl-C exits with 130 and says what was `stopped` with it.
+    jobs go on. finished: gives the folder of a job of which nothing is left to do; with it each job of a multirun is a
+    process of its own, see `multirun.run_job`, of the module that has the configuration's name. Ctrl-C exits with 130
+    and says what was `stopped` with it.
     """
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # Hydra otherwise prints what goes wrong its own way and exits with 1, whatever it was.
@@ -59,8 +61,8 @@ def run_command(
 
     def guarded(cfg: DictConfig) -> None:
         nonlocal code
-        if isolated and _sweeping():
-            run_job(f"covid_cls.{config_name}", cfg.sweep.fail_fast, full)
+        if finished is not None and _sweeping():
+            run_job(f"covid_cls.{config_name}", cfg, full, finished)
             return
         try:
             task(cfg)

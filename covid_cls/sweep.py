@@ -1,7 +1,6 @@
-"""The jobs of a multirun: each in a process of its own, spread over the GPUs, and a list of what failed.
+"""Many cells, each in a process of its own, spread over the GPUs, and a list of what failed.
 
-Hydra's launchers decide where and when a job runs. What they run is `run_job`, which starts the command anew for this
-one cell and waits, so that an exception, `sys.exit`, a kill or a leak in one cell touches no other.
+An exception, `sys.exit`, a kill or a leak in one cell touches no other.
 """
 
 import os
@@ -20,9 +19,6 @@ from types import FrameType
 from typing import Any
 
 from filelock import FileLock, Timeout
-from hydra.core.hydra_config import HydraConfig
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
 
 from covid_cls.errors import InputError
 from covid_cls.records import read_json, write_json
@@ -81,19 +77,6 @@ class Sweep:
         print("stopping: no cell is started any more, and the running ones save what they have", file=sys.stderr)
 
 
-class SweepStart(Callback):
-    """Tells the process that was started with -m that a multirun begins; Hydra has no other place for it."""
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Open the sweep's folder, and share out the GPUs where its jobs run on this machine."""
-        here = "joblib" in config.hydra.launcher._target_.lower()  # a cluster gives each job its GPUs itself
-        try:
-            gpus = gpu_slots(config.trainer, config.sweep.jobs_per_gpu) if here else []
-        except InputError:  # here it would be a mere warning; the launcher asks the same for its n_jobs
-            return
-        Sweep(Path(config.hydra.sweep.dir), gpus)
-
-
 def inside_sweep() -> bool:
     """Whether this process is a cell of a sweep."""
     return _JOB in os.environ
@@ -115,16 +98,6 @@ def end_with_sweep() -> None:
 
     if inside_sweep():
         threading.Thread(target=wait, daemon=True).start()
-
-
-def run_job(module: str, fail_fast: bool, full_error: bool) -> None:
-    """Run the present Hydra job as `run_cell` does. full_error: whether faults of the input show a traceback, too."""
-    hydra_config = HydraConfig.get()
-    if Sweep.current is None:
-        _serve_launcher()
-    os.environ["HYDRA_FULL_ERROR"] = str(int(full_error))  # `run_command` has set it for Hydra's own sake
-    folder, number, words = Path(hydra_config.sweep.dir), hydra_config.job.num, list(hydra_config.overrides.task)
-    run_cell(module, words, folder.resolve(), number, fail_fast, _options(hydra_config, module))
 
 
 def run_cell(
@@ -187,52 +160,6 @@ def visible_gpus(accelerator: str) -> list[str]:
     listed = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     count = torch.cuda.device_count()  # asks the driver's library, and takes no memory on a GPU
     return listed[:count] if listed else [str(number) for number in range(count)]
-
-
-def this_start() -> str:
-    """A name that no other start of a command has: time, host and process."""
-    return f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{socket.gethostname()}-{os.getpid()}"
-
-
-def cells_at_once(trainer: DictConfig, jobs_per_gpu: int) -> int:
-    """How many cells a machine runs at a time: one for each of `gpu_slots`, or one."""
-    return max(1, len(gpu_slots(trainer, jobs_per_gpu)))
-
-
-OmegaConf.register_new_resolver("cells_at_once", cells_at_once, replace=True)
-OmegaConf.register_new_resolver("this_start", this_start, use_cache=True, replace=True)
-
-
-def _options(hydra_config: Any, module: str) -> list[str]:
-    """What else was on the command line: another configuration's folder or name, and settings of Hydra for jobs."""
-    folders = [source.path for source in hydra_config.runtime.config_sources if source.provider == "command-line"]
-    of_sweep = ("hydra.mode", "hydra.sweep", "hydra.launcher", "hydra/launcher", "hydra.sweeper", "hydra/sweeper")
-    settings = [word for word in hydra_config.overrides.hydra if not word.lstrip("+~").startswith(of_sweep)]
-    name = hydra_config.job.config_name
-    names = [] if module.endswith(f".{name}") else [f"--config-name={name}"]
-    return [*names, *(f"--config-dir={path}" for path in folders), *settings]
-
-
-def _serve_launcher() -> None:
-    """Let a launcher's process leave Ctrl-C to the one that was started with -m, and end when that one is gone.
-
-    joblib's processes would wait for ever for one that was killed; how they end is how their cells learn of it.
-    """
-    if signal.getsignal(signal.SIGINT) is _leave_be:
-        return
-    signal.signal(signal.SIGINT, _leave_be)
-    parent = os.getppid()
-
-    def wait() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _leave_be(number: int, frame: FrameType | None) -> None:
-    pass
 
 
 @contextmanager

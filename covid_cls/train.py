@@ -1,6 +1,8 @@
 """python -m covid_cls.train: trains one cell of the grid, or with -m all of them."""
 
+import json
 import logging
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +11,11 @@ from omegaconf import DictConfig
 from covid_cls.command import check_section, plain, recipe, run_command
 from covid_cls.errors import InputError
 from covid_cls.labels import TASKS
-from covid_cls.sweep import inside_sweep, name_cell
+from covid_cls.records import read_json
+from covid_cls.sweep import name_cell
 
 if TYPE_CHECKING:
     from covid_cls.data.datamodule import Radiographs
-    from covid_cls.training.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +27,7 @@ def train(cfg: DictConfig) -> None:
     from pytorch_lightning.utilities import rank_zero_only
 
     from covid_cls.audits.findings import gate
-    from covid_cls.data.datamodule import Radiographs
+    from covid_cls.cell import train_cell
     from covid_cls.evaluation.operating import fit_operating
     from covid_cls.models.losses import check_weighting
     from covid_cls.models.transforms import Augment
@@ -41,10 +43,8 @@ def train(cfg: DictConfig) -> None:
     if (settings["trainer"]["max_epochs"] or 0) < 1:
         raise InputError("trainer.max_epochs must be a number of at least 1")
     seed_everything(settings["seed"], workers=True, verbose=False)
-    augment = Augment(**settings["augment"])
-    fixed_views(settings["feature_cache"], augment, settings["strategy"])
-    canvas = augment.canvas(settings["preprocess"]["crop"])
-    data = Radiographs(TASKS[settings["task"]["name"]], canvas, settings["seed"], **settings["data"])
+    fixed_views(settings["feature_cache"], Augment(**settings["augment"]), settings["strategy"])
+    data = read_data(settings)
     root = Path(settings["output_root"]) / str(settings["name"] or recipe() or data.name)
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning hangs the rank on the function
     if not first:
@@ -59,42 +59,37 @@ def train(cfg: DictConfig) -> None:
             log.info("\n".join(report_lines(run.folder)))
 
 
-def train_cell(settings: dict[str, Any], data: "Radiographs", run: "Run", notes: list[str]) -> None:
-    """Fit, predict and report one cell; whatever happens, run.json says how it ended. notes: for run.json, too."""
-    from covid_cls.assemble import build_trainer
-    from covid_cls.audits.probes import write_probes
-    from covid_cls.reporting.results import write_results
-    from covid_cls.training.callbacks import EpochHistory
-    from covid_cls.training.checkpoints import load_classifier
-    from covid_cls.training.features import prediction_features
-    from covid_cls.training.predict import predict_split
-    from covid_cls.training.start import prepare_fit, start_classifier
-    from covid_cls.training.stress import write_stress
+def read_data(settings: dict[str, Any]) -> "Radiographs":
+    """The data of the settings' task, decoded to what their augmentation needs."""
+    from covid_cls.data.datamodule import Radiographs
+    from covid_cls.models.transforms import Augment
 
-    resume = run.last_checkpoint
-    classifier = start_classifier(settings, data, run, download=not inside_sweep())
-    run.note(notes=[*run.record["notes"], *notes])
-    with run.training():
-        history = EpochHistory()
-        trainer = build_trainer(settings, run.folder, [history])
-        run.note(precision=trainer.precision)
-        prepare_fit(classifier, data, trainer, settings)
-        try:
-            trainer.fit(classifier, data, ckpt_path=str(resume) if resume else None, weights_only=True)
-        except SystemExit as stop:  # what Lightning makes of Ctrl-C
-            raise KeyboardInterrupt from stop
-        if not trainer.is_global_zero:
-            return
-        best = load_classifier(run.folder / "checkpoints" / "best.ckpt").to(trainer.strategy.root_device)
-        scorer, splits = best.scorer(), ("val", "test") if settings["test"] else ("val",)
-        cached = settings["feature_cache"] != "off"
-        features = prediction_features(best, data, splits, settings["feature_cache_gb"]) if cached else None
-        tables = {split: predict_split(scorer, data, split, features) for split in splits}
-        if settings["probes"]:
-            write_probes(data, run.folder / "probes", splits)
-            write_stress(scorer, data, run.folder / "probes", splits[-1])
-        write_results(run, tables, scorer, data, history.rows, trainer.logger)
+    canvas = Augment(**settings["augment"]).canvas(settings["preprocess"]["crop"])
+    return Radiographs(TASKS[settings["task"]["name"]], canvas, settings["seed"], **settings["data"])
+
+
+def finished(cfg: DictConfig) -> Path | None:
+    """The run folder of a cell of which nothing is left to do, if there is one: a sweep then starts no process for it.
+
+    Where no run of this name is finished, which costs nothing to see, the data are not read.
+    """
+    from covid_cls.training.identity import cell_name, run_digests
+
+    settings = plain(cfg)
+    pattern = f"{settings['name'] or recipe() or '*'}/{cell_name(settings)}-*/run.json"
+    records = {path.parent: read_json(path) for path in Path(settings["output_root"]).glob(pattern)}
+    records = {folder: record for folder, record in records.items() if record["status"] == "finished"}
+    if not records or settings["rerun"]:
+        return None
+    of_data = {key: settings[key] for key in ("task", "data", "augment", "preprocess")} | {"seed": 0}
+    digests = run_digests(settings, _data_digest(json.dumps(of_data)))
+    return next((folder for folder, record in records.items() if record["digests"] == digests), None)
+
+
+@cache  # hundreds of cells may share one set
+def _data_digest(settings: str) -> str:
+    return read_data(json.loads(settings)).digest
 
 
 if __name__ == "__main__":
-    run_command(train, "train", stopped="the same command goes on from the last finished epoch", isolated=True)
+    run_command(train, "train", stopped="the same command goes on from the last finished epoch", finished=finished)

@@ -12,15 +12,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     {"errors"},
     {"labels", "records"},
+    {"sweep"},
     {"evaluation", "models"},
     {"data"},
     {"audits", "training", "attribution"},
     {"artifact"},
     {"reporting"},
-    {"sweep"},
+    {"multirun"},
     {"command"},
     {"assemble"},
-    {"speed"},
+    {"cell", "speed"},
     {"train", "benchmark", "evaluate", "audit", "report", "predict", "explain", "export"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -83,7 +84,7 @@ def test_layers_keep_to_their_libraries(path: Path) -> None:
 
 def test_only_commands_import_hydra() -> None:
     users = {_home(path) for path in FILES if {"hydra", "omegaconf"} & {n.split(".")[0] for n in _imports(path)}}
-    assert users == {"sweep", "command", "assemble"} | LAYERS[-1]
+    assert users == {"multirun", "command", "assemble"} | LAYERS[-1]
 
 
 def test_only_training_holds_a_lightning_module() -> None:

@@ -142,6 +142,12 @@ def test_a_sweep_runs_its_cells_and_goes_on_past_a_fault(train: Command, tmp_pat
     assert len(found) == 2
     assert {record(cell)["status"] for cell in found} == {"finished"}
     assert not list(found[0].glob("predictions-test.csv"))
+    before = [(cell / "run.json").stat().st_mtime_ns for cell in found]
+    again = train(tmp_path, *words)
+    assert again.returncode == 2
+    assert again.stdout.count("finished before: outputs/sweep/binary-resnet18-") == 2
+    assert again.stdout.count("] $ ") == 2  # processes for the two that failed alone
+    assert [(cell / "run.json").stat().st_mtime_ns for cell in found] == before
 
 
 def test_submitit_runs_cells_even_of_several_processes(train: Command, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import covid_cls
 from covid_cls.errors import InputError
-from covid_cls.records import LEDGER, digest, files_digest, read_json, write_json
+from covid_cls.records import LEDGER, digest, read_json, write_json
+from covid_cls.training.identity import cell_name, run_digests
 
 log = logging.getLogger(__name__)
 _PACKAGES = (
@@ -32,20 +33,6 @@ _PACKAGES = (
     "pillow",
     "scikit-learn",
 )
-# What decides neither weights nor predictions, or is in the data digest already.
-_NOT_IN_DIGEST = (
-    "output_root",
-    "name",
-    "rerun",
-    "logger",
-    "feature_cache_gb",
-    "checkpoint_seconds",
-    "audit",
-    "probes",
-    "operating",
-    "sweep",
-)
-_DATA_NOT_IN_DIGEST = ("path", "root", "cache", "workers")
 
 
 @dataclass
@@ -108,9 +95,7 @@ def open_run(
     settings: the resolved configuration. rerun: delete what an earlier run left. writes: False in all but the first
     process of a distributed run. InputError where another process is training the same cell.
     """
-    identity = {key: value for key, value in settings.items() if key not in _NOT_IN_DIGEST}
-    identity["data"] = {key: value for key, value in settings["data"].items() if key not in _DATA_NOT_IN_DIGEST}
-    digests = {"config": digest(json.dumps(identity, sort_keys=True)), "data": data_digest, "code": code_digest()}
+    digests = run_digests(settings, data_digest)
     folder = root / f"{cell_name(settings)}-{digest(json.dumps(digests))[:8]}"
     if not writes:
         yield Run(folder, {"status": "running"}, writes=False)
@@ -134,37 +119,6 @@ def open_run(
             _empty(folder)
             (folder / ".lock").unlink(missing_ok=True)
             folder.rmdir()
-
-
-def cell_name(settings: dict[str, Any]) -> str:
-    """A readable name of a grid cell: task-backbone-strategy-loss-s<seed>, and what sets it apart.
-
-    what is seen where that is not the whole view, views<K> where it is trained on K fixed draws, fold<k> in a
-    cross-validation, "leaky" where splits are.
-    """
-    strategy = settings["strategy"]
-    depth = f"until_{strategy['freeze_until']}" if strategy["freeze_until"] else strategy["name"]
-    loss = settings["loss"]
-    kind = "weighted_ce" if loss["name"] == "ce" and loss.get("class_weights") is not None else loss["name"]
-    parts = [settings["task"]["name"], settings["backbone"]["name"], depth, kind, f"s{settings['seed']}"]
-    if settings["preprocess"]["seen"] != "whole":
-        parts.append(f"{settings['preprocess']['seen']}_seen")
-    if settings["feature_cache"].startswith("views:"):
-        parts.append(settings["feature_cache"].replace(":", ""))
-    if settings["data"]["folds"] is not None:
-        parts.append(f"fold{settings['data']['fold']}")
-    if settings["data"]["group"] == "image":
-        parts.append("leaky")
-    return "-".join(parts)
-
-
-def code_digest() -> str:
-    """Stands for the code that decides weights and predictions: labels, models, data and training."""
-    package = Path(covid_cls.__file__).parent
-    files = [package / "labels.py"]
-    for layer in ("models", "data", "training"):
-        files += sorted((package / layer).glob("*.py"))
-    return files_digest(files)
 
 
 def _empty(folder: Path, keep: str = "") -> None:

@@ -143,5 +143,5 @@ def test_no_configuration_names_our_own_code() -> None:
         if line.strip().startswith("_target_:")
     ]
     own = {target for target in targets if not target.startswith("pytorch_lightning.")}
-    assert own == {"covid_cls.sweep.SweepStart"}  # Hydra tells of a multirun's start in no other way
+    assert own == {"covid_cls.multirun.SweepStart"}  # Hydra tells of a multirun's start in no other way
     assert len(targets) > 1

@@ -16,7 +16,8 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 import covid_cls
 from covid_cls.errors import InputError
 from covid_cls.records import read_json
-from covid_cls.training.run import cell_name, code_digest, open_run
+from covid_cls.training.identity import cell_name, code_digest
+from covid_cls.training.run import open_run
 from tests.training.small import compose_small
 
 ROOT = Path(__file__).parents[2]
