@@ -1,21 +1,13 @@
 """python -m covid_cls.train: trains one cell of the grid, or with -m all of them."""
 
-import json
 import logging
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from covid_cls.command import check_section, plain, recipe, run_command
 from covid_cls.errors import InputError
-from covid_cls.labels import TASKS
-from covid_cls.records import read_json
 from covid_cls.sweep import name_cell
-
-if TYPE_CHECKING:
-    from covid_cls.data.datamodule import Radiographs
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +26,7 @@ def train(cfg: DictConfig) -> None:
     from covid_cls.reporting.results import report_lines
     from covid_cls.training.features import fixed_views
     from covid_cls.training.run import open_run
-    from covid_cls.training.start import SECTIONS
+    from covid_cls.training.start import SECTIONS, read_data
 
     settings = plain(cfg)
     for name, constructor in {**SECTIONS, "operating": fit_operating}.items():
@@ -59,36 +51,12 @@ def train(cfg: DictConfig) -> None:
             log.info("\n".join(report_lines(run.folder)))
 
 
-def read_data(settings: dict[str, Any]) -> "Radiographs":
-    """The data of the settings' task, decoded to what their augmentation needs."""
-    from covid_cls.data.datamodule import Radiographs
-    from covid_cls.models.transforms import Augment
-
-    canvas = Augment(**settings["augment"]).canvas(settings["preprocess"]["crop"])
-    return Radiographs(TASKS[settings["task"]["name"]], canvas, settings["seed"], **settings["data"])
-
-
 def finished(cfg: DictConfig) -> Path | None:
-    """The run folder of a cell of which nothing is left to do, if there is one: a sweep then starts no process for it.
-
-    Where no run of this name is finished, which costs nothing to see, the data are not read.
-    """
-    from covid_cls.training.identity import cell_name, run_digests
+    """The run folder of a cell of which nothing is left to do, if there is one: a sweep starts no process for it."""
+    from covid_cls.training.identity import finished_run
 
     settings = plain(cfg)
-    pattern = f"{settings['name'] or recipe() or '*'}/{cell_name(settings)}-*/run.json"
-    records = {path.parent: read_json(path) for path in Path(settings["output_root"]).glob(pattern)}
-    records = {folder: record for folder, record in records.items() if record["status"] == "finished"}
-    if not records or settings["rerun"]:
-        return None
-    of_data = {key: settings[key] for key in ("task", "data", "augment", "preprocess")} | {"seed": 0}
-    digests = run_digests(settings, _data_digest(json.dumps(of_data)))
-    return next((folder for folder, record in records.items() if record["digests"] == digests), None)
-
-
-@cache  # hundreds of cells may share one set
-def _data_digest(settings: str) -> str:
-    return read_data(json.loads(settings)).digest
+    return None if settings["rerun"] else finished_run(settings, str(settings["name"] or recipe() or "*"))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """What a run is: a readable name, and digests of its configuration, its data and its code. Without torch."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import covid_cls
-from covid_cls.records import digest, files_digest
+from covid_cls.records import digest, files_digest, read_json
 
 # What decides neither weights nor predictions, or is in the data digest already.
 _NOT_IN_DIGEST = (
@@ -28,6 +29,24 @@ def run_digests(settings: dict[str, Any], data_digest: str) -> dict[str, str]:
     identity = {key: value for key, value in settings.items() if key not in _NOT_IN_DIGEST}
     identity["data"] = {key: value for key, value in settings["data"].items() if key not in _DATA_NOT_IN_DIGEST}
     return {"config": digest(json.dumps(identity, sort_keys=True)), "data": data_digest, "code": code_digest()}
+
+
+def finished_run(settings: dict[str, Any], experiment: str) -> Path | None:
+    """The folder of a finished run of these settings, their data as they are now and this code; None if there is none.
+
+    experiment: name of the folder below output_root, or "*". The data are read only where a run of this name is
+    finished; nothing else takes time.
+    """
+    records = {
+        path.parent: read_json(path)
+        for path in Path(settings["output_root"]).glob(f"{experiment}/{cell_name(settings)}-*/run.json")
+    }
+    finished = {folder: record for folder, record in records.items() if record.get("status") == "finished"}
+    if not finished:
+        return None
+    of_data = {key: settings[key] for key in ("task", "data", "augment", "preprocess")} | {"seed": 0}
+    digests = run_digests(settings, _data_digest(json.dumps(of_data)))
+    return next((folder for folder, record in finished.items() if record.get("digests") == digests), None)
 
 
 def cell_name(settings: dict[str, Any]) -> str:
@@ -59,3 +78,10 @@ def code_digest() -> str:
     for layer in ("models", "data", "training"):
         files += sorted((package / layer).glob("*.py"))
     return files_digest(files)
+
+
+@cache  # hundreds of cells may share one set
+def _data_digest(settings: str) -> str:
+    from covid_cls.training.start import read_data  # torch
+
+    return read_data(json.loads(settings)).digest

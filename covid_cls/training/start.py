@@ -1,4 +1,4 @@
-"""A classifier ready to be fitted: built, frozen, filled with its first weights, and on record."""
+"""What a fit starts from: the data, and a classifier that is built, frozen, filled with weights and on record."""
 
 import ctypes
 import dataclasses
@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 
 from covid_cls.data.datamodule import Radiographs
+from covid_cls.labels import TASKS
 from covid_cls.models.backbones import freeze_report
 from covid_cls.models.losses import Criterion
 from covid_cls.models.prefix import Prefix
@@ -33,6 +34,12 @@ SECTIONS: dict[str, Callable[..., Any]] = {
     "scheduler": build_scheduler,
 }
 _PARTS = ("strategy", "head", "loss", "preprocess", "augment", "optimizer", "scheduler")
+
+
+def read_data(settings: dict[str, Any]) -> Radiographs:
+    """The data of the settings' task, decoded to the size that their augmentation needs."""
+    canvas = Augment(**settings["augment"]).canvas(settings["preprocess"]["crop"])
+    return Radiographs(TASKS[settings["task"]["name"]], canvas, settings["seed"], **settings["data"])
 
 
 def start_classifier(settings: dict[str, Any], data: Radiographs, run: Run, download: bool) -> Classifier:
