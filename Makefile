@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help env run test test-fast lint format types check bench simulations wheel board clean
+.PHONY: help env run test test-fast lint format types check audit bench simulations soak wheel board clean
 
 help: ## list these verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -36,11 +36,17 @@ types: env ## mypy, strict
 
 check: lint types test ## what CI checks
 
+audit: env ## known vulnerabilities of what is installed in .venv
+	$(BIN)/python .ci/audit.py
+
 bench: env ## how fast the plain loop and covid_cls train, in turn
 	$(BIN)/python -m covid_cls.benchmark backbone=resnet18 strategy=partial
 
 simulations: env ## coverage of the intervals and level of the tests; docs/simulations.md keeps the output
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simulations.intervals
+
+soak: env ## kills, damaged files and bad images by the hundred; docs/soak.md keeps the output (half an hour)
+	$(BIN)/python -m tests.soak --write
 
 wheel: env ## build dist/*.whl
 	$(BIN)/python -m build --wheel

@@ -18,8 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from covid_cls.errors import InputError, listed
+from covid_cls.interrupts import Interrupted, interruptible
 from covid_cls.multirun import run_job
 from covid_cls.sweep import Sweep, end_with_sweep
+from covid_cls.targets import check_compositions, check_targets
 
 
 class ConsoleHandler(logging.StreamHandler[TextIO]):
@@ -74,17 +76,19 @@ def run_command(
             print(f"error: {error}{job}", file=sys.stderr)
 
     end_with_sweep()
+    check_compositions()
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(guarded)()
+        with interruptible():
+            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(guarded)()
     except (HydraException, OmegaConfBaseException) as error:
         if full or isinstance(error, InstantiationException):  # Hydra's word for whatever a constructor raised
             raise
         reason = error.__cause__ if isinstance(error.__cause__, InputError) else error  # of a resolver of ours
         print(f"error: {_one_line(reason)}", file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
-        print(f"stopped: {stopped}", file=sys.stderr)
-        code = 130
+    except Interrupted as stop:
+        print(f"stopped by {stop}: {stopped}", file=sys.stderr)
+        code = stop.exit_code
     except Exception:
         if not Sweep.current:
             raise
@@ -100,7 +104,9 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     except MissingMandatoryValue as error:
         raise InputError(f"{error.full_key} is not set: give {error.full_key}=… on the command line") from error
     assert isinstance(settings, dict)
-    return {str(key): value for key, value in settings.items()}
+    named = {str(key): value for key, value in settings.items()}
+    check_targets(named)
+    return named
 
 
 def check_section(name: str, constructor: Callable[..., Any], section: dict[str, Any]) -> None:
@@ -128,6 +134,12 @@ def check_paths(settings: dict[str, Any], *names: str) -> None:
     for name in names:
         if not isinstance(settings[name], str):
             raise InputError(f"{name}={settings[name]}: no path to Hydra; put it in quotes twice: '{name}=\"…\"'")
+
+
+def check_name(name: str | None) -> None:
+    """InputError where results of this name would leave output_root."""
+    if name is not None and (Path(str(name)).is_absolute() or ".." in Path(str(name)).parts):
+        raise InputError(f"name={name}: must be a folder below output_root; output_root=… chooses another place")
 
 
 def recipe() -> str | None:

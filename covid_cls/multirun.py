@@ -52,7 +52,7 @@ def run_job(module: str, cfg: DictConfig, full_error: bool, finished: Callable[[
         print(f"[{number}] finished before: {done}", flush=True)
         return
     os.environ["HYDRA_FULL_ERROR"] = str(int(full_error))  # `run_command` has set it for Hydra's own sake
-    run_cell(module, words, folder, number, cfg.sweep.fail_fast, _options(hydra_config, module))
+    run_cell(module, words, folder, number, cfg.sweep.fail_fast, cell_options(hydra_config, module))
 
 
 def this_start() -> str:
@@ -69,7 +69,7 @@ OmegaConf.register_new_resolver("cells_at_once", cells_at_once, replace=True)
 OmegaConf.register_new_resolver("this_start", this_start, use_cache=True, replace=True)
 
 
-def _options(hydra_config: Any, module: str) -> list[str]:
+def cell_options(hydra_config: Any, module: str) -> list[str]:
     """What else was on the command line: another configuration's folder or name, and settings of Hydra for jobs."""
     folders = [source.path for source in hydra_config.runtime.config_sources if source.provider == "command-line"]
     of_sweep = ("hydra.mode", "hydra.sweep", "hydra.launcher", "hydra/launcher", "hydra.sweeper", "hydra/sweeper")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # evaluation reads this module and must not pull in torch
 
 DISCLAIMER = "Research use, not for diagnosis."
 LEDGER = "openings.csv"  # in a run's folder: each time its test predictions were opened, rerun or not
+_SCRATCH = ".part"  # the end of the name under which a file is written
 ID_COLUMNS = ("image_id", "patient_id", "source", "split", "fold", "label")
 
 
@@ -102,16 +104,37 @@ def files_digest(files: Iterable[Path]) -> str:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` when the block ends well: a reader sees the old file, or all of the new one.
 
-    It is written beside `path`, so that the final step is a rename on one file system. Folders are made.
+    So does who reads after a kill or a loss of power: it is written beside `path`, so that the final step is a rename
+    on one file system, and is on the disk before and after that step. Folders are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(_SCRATCH, f".{path.name}.", path.parent)
     scratch = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
+            file.flush()
+            os.fsync(handle)
         scratch.chmod(0o644)  # mkstemp gives 0600; a lab shares its outputs
         scratch.replace(path)
+        _sync_folder(path.parent)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def remove_scratch(folder: Path) -> None:
+    """Remove what killed `whole_file`s left in `folder` and below; nobody else may be writing there."""
+    for left in folder.rglob(f".*{_SCRATCH}"):
+        left.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and need not
+            raise
+    finally:
+        os.close(handle)

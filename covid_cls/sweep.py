@@ -21,6 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from covid_cls.errors import InputError
+from covid_cls.interrupts import SIGNALS
 from covid_cls.records import read_json, write_json
 
 _JOB = "COVID_CLS_SWEEP_JOB"  # in the process of a cell: <the sweep's folder>/job-<number>
@@ -42,8 +43,7 @@ class Sweep:
         self.folder.mkdir(parents=True)
         if gpus:
             write_json(self.folder / "slots.json", {"gpus": list(gpus)})
-        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-        self._before = {number: signal.signal(number, self._stop) for number in numbers}
+        self._before = {number: signal.signal(number, self._stop) for number in SIGNALS}
         Sweep.current = self
 
     def close(self) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from covid_cls.command import check_section, plain, recipe, run_command
+from covid_cls.command import check_name, check_section, plain, recipe, run_command
 from covid_cls.errors import InputError
 from covid_cls.sweep import name_cell
 
@@ -31,6 +31,7 @@ def train(cfg: DictConfig) -> None:
     settings = plain(cfg)
     for name, constructor in {**SECTIONS, "operating": fit_operating}.items():
         check_section(name, constructor, settings[name])
+    check_name(settings["name"] or recipe())
     check_weighting(settings["loss"], settings["data"]["sampler"])
     if (settings["trainer"]["max_epochs"] or 0) < 1:
         raise InputError("trainer.max_epochs must be a number of at least 1")
@@ -53,10 +54,10 @@ def train(cfg: DictConfig) -> None:
 
 def finished(cfg: DictConfig) -> Path | None:
     """The run folder of a cell of which nothing is left to do, if there is one: a sweep starts no process for it."""
-    from covid_cls.training.identity import finished_run
+    from covid_cls.training.identity import finished_folder
 
     settings = plain(cfg)
-    return None if settings["rerun"] else finished_run(settings, str(settings["name"] or recipe() or "*"))
+    return None if settings["rerun"] else finished_folder(settings, str(settings["name"] or recipe() or "*"))
 
 
 if __name__ == "__main__":

@@ -298,17 +298,6 @@ def test_the_grid_sweeps_without_being_asked_twice(train: Command, tmp_path: Pat
     )
 
 
-def test_two_processes_train_one_network(train: Command, tmp_path: Path) -> None:
-    words = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_epochs=2", "task=three_class")
-    done = train(tmp_path, *[word for word in SMALL if word != "trainer=cpu"], *words)
-    assert done.returncode == 0, done.stderr
-    (cell,) = cells(tmp_path)
-    assert record(cell)["status"] == "finished"
-    table = pd.read_csv(cell / "predictions-test.csv")
-    assert table["image_id"].is_unique
-    assert len(table) == sum(record(cell)["data"]["images_per_split_and_class"]["test"].values())
-
-
 def test_help_lists_groups_values_and_examples(train: Command, tmp_path: Path) -> None:
     done = train(tmp_path, "--help")
     assert done.returncode == 0

@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom to the top; two names in one row do not import each other.
 LAYERS = (
-    {"errors"},
+    {"errors", "interrupts"},
     {"labels", "records"},
     {"sweep"},
     {"evaluation", "models"},
@@ -18,11 +18,11 @@ LAYERS = (
     {"audits", "training", "attribution"},
     {"artifact"},
     {"reporting"},
-    {"multirun"},
+    {"multirun", "targets"},
     {"command"},
     {"assemble"},
     {"cell", "speed"},
-    {"train", "benchmark", "evaluate", "audit", "report", "predict", "explain", "export"},
+    {"train", "search", "benchmark", "evaluate", "audit", "report", "predict", "explain", "export"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FORBIDDEN = {
@@ -84,7 +84,7 @@ def test_layers_keep_to_their_libraries(path: Path) -> None:
 
 def test_only_commands_import_hydra() -> None:
     users = {_home(path) for path in FILES if {"hydra", "omegaconf"} & {n.split(".")[0] for n in _imports(path)}}
-    assert users == {"multirun", "command", "assemble"} | LAYERS[-1]
+    assert users == {"multirun", "command", "targets"} | LAYERS[-1]
 
 
 def test_only_training_holds_a_lightning_module() -> None:

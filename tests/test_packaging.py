@@ -81,3 +81,67 @@ def test_nothing_over_200_kilobytes_is_tracked() -> None:
     names = [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
     assert names
     assert [name for name in names if (ROOT / name).stat().st_size > 200_000] == []
+
+
+def audited(tmp_path: Path, environment: dict[str, str], stub: str) -> subprocess.CompletedProcess[str]:
+    """CI's audit with `stub` in place of pip-audit, which is given the report's path as `report`."""
+    package = tmp_path / "pip_audit"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    text = f"import json, sys\nfrom pathlib import Path\nreport = Path(sys.argv[-1])\n{stub}\n"
+    (package / "__main__.py").write_text(text, encoding="utf-8")
+    env = {**environment, "PYTHONPATH": str(tmp_path)}
+    return subprocess.run([sys.executable, ROOT / ".ci" / "audit.py"], env=env, capture_output=True, text=True)
+
+
+def found(*packages: dict[str, object]) -> str:
+    return f"report.write_text(json.dumps({{'dependencies': {list(packages)!r}}}))"
+
+
+KNOWN = {"id": "PYSEC-2026-1", "fix_versions": ["2.0"], "aliases": [], "description": ""}
+HARMLESS = {"name": "torch", "version": "1.0", "vulns": []}
+UNKNOWN = {"name": "other", "skip_reason": "not found"}
+
+
+def test_ci_fails_on_a_known_vulnerability(tmp_path: Path, environment: dict[str, str]) -> None:
+    vulnerable = {"name": "pillow", "version": "1.0", "vulns": [KNOWN]}
+    done = audited(tmp_path, environment, found(HARMLESS, vulnerable, UNKNOWN) + "\nsys.exit(1)")
+    assert done.returncode == 1
+    assert "pillow 1.0: PYSEC-2026-1, mended in 2.0" in done.stdout
+    assert "1 of 2 packages have known vulnerabilities; 1 could not be looked up" in done.stdout
+
+
+def test_ci_passes_where_none_is_known_but_of_pip_that_came_with_python(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    done = audited(tmp_path, environment, found(HARMLESS, {"name": "pip", "version": "1.0", "vulns": [KNOWN]}))
+    assert done.returncode == 0
+    assert "pip 1.0: PYSEC-2026-1" in done.stdout
+
+
+def test_ci_says_that_a_mirror_without_the_service_audits_nothing(tmp_path: Path, environment: dict[str, str]) -> None:
+    done = audited(tmp_path, environment, found(UNKNOWN))
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1)
+    assert "audit: skipped, the network failed: the service answers for none" in done.stdout
+
+
+def test_ci_passes_and_says_so_where_the_network_is_down(tmp_path: Path, environment: dict[str, str]) -> None:
+    # the real pip-audit; port 9 discards, and nobody listens there
+    proxy = dict.fromkeys(("HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy"), "http://127.0.0.1:9")
+    env = {**environment, **proxy, "PIP_CACHE_DIR": str(tmp_path), "NO_PROXY": "", "no_proxy": ""}
+    done = subprocess.run([sys.executable, ROOT / ".ci" / "audit.py"], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stderr
+    assert "audit: skipped, the network failed: requests.exceptions.ProxyError" in done.stdout
+
+
+def test_ci_fails_where_pip_audit_itself_does(tmp_path: Path, environment: dict[str, str]) -> None:
+    done = audited(tmp_path, environment, "raise ImportError('no module named cyclonedx')")
+    assert done.returncode == 1
+    assert "ImportError" in done.stderr
+
+
+def test_ci_audits_after_the_tests() -> None:
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert lines.index(".venv/bin/python .ci/audit.py") > [
+        ".venv/bin/python -m pytest" in line for line in lines
+    ].index(True)

@@ -19,6 +19,7 @@ from covid_cls.errors import InputError
 from covid_cls.records import read_json
 from covid_cls.sweep import Sweep, gpu_slots, run_cell, visible_gpus
 from tests.conftest import Command
+from tests.soak.sweep import sweep as soak_sweep
 from tests.test_commands import SMALL, cells, record
 
 # Stands for a command: a process that ends as its first word says.
@@ -159,6 +160,11 @@ def test_submitit_runs_cells_even_of_several_processes(train: Command, tmp_path:
     assert record(cell)["status"] == "finished"
     (job,) = (tmp_path / "outputs" / "sweeps").glob("*/job-0.json")
     assert Path(read_json(job)["cell"]) == cell.relative_to(tmp_path)
+
+
+def test_a_sweep_names_what_failed_and_does_only_that_again(tmp_path: Path) -> None:
+    outcome = soak_sweep(5, tmp_path)
+    assert outcome.held, outcome
 
 
 @pytest.mark.parametrize("word", ["sweep.jobs_per_gpu=0", "sweep.fail_first=true"])

@@ -110,8 +110,8 @@ class EpochBatches(Sampler[list[int]]):
 
     sampler="shuffle": every position once. "balanced": with replacement, each class equally often on average. With
     several `views` of each image, an epoch shows one of them, each in its turn; positions as in `RadiographDataset`.
-    Across `world` processes each takes its own part, filled up from the front so that all take as many steps. A last
-    batch of one image joins the batch before it: batch norm cannot train on one.
+    A last batch of one image joins the batch before it: batch norm cannot train on one. Of `world` processes each
+    takes its part of every batch, see `share`, so that the batches are those of one process.
     """
 
     def __init__(
@@ -126,16 +126,16 @@ class EpochBatches(Sampler[list[int]]):
     ) -> None:
         if sampler not in SAMPLERS:
             raise InputError(f"data.sampler={sampler}: unknown; one of {listed(SAMPLERS)}")
+        check_shares(batch_size, world)
         self.labels, self.batch_size, self.seed, self.sampler = labels, batch_size, seed, sampler
         self.rank, self.world, self.views, self.epoch = rank, world, views, 0
-        self._mine = -(-len(labels) // world)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the order of epoch number `epoch` next; Lightning calls this before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        full, rest = divmod(self._mine, self.batch_size)
+        full, rest = divmod(len(self.labels), self.batch_size)
         return max(1, full + (rest > 1))
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -145,22 +145,42 @@ class EpochBatches(Sampler[list[int]]):
             order = random.choice(len(self.labels), len(self.labels), p=weights / weights.sum())
         else:
             order = random.permutation(len(self.labels))
-        order = order + len(order) * ((order + self.epoch) % self.views)
-        mine = np.resize(order, self._mine * self.world)[self.rank :: self.world].tolist()
+        positions = (order + len(order) * ((order + self.epoch) % self.views)).tolist()
         for number in range(len(self)):
             last = number == len(self) - 1
-            yield mine[number * self.batch_size : None if last else (number + 1) * self.batch_size]
+            batch = positions[number * self.batch_size : None if last else (number + 1) * self.batch_size]
+            yield share(batch, self.rank, self.world)
 
 
 class OrderedBatches(Sampler[list[int]]):
     """Evaluation batches: every position exactly once over all processes, in order, never padded."""
 
     def __init__(self, size: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
-        self.mine, self.batch_size = range(rank, size, world), batch_size
+        self.size, self.batch_size, self.rank, self.world = size, batch_size, rank, world
 
     def __len__(self) -> int:
-        return -(-len(self.mine) // self.batch_size)
+        return -(-self.size // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start in range(0, len(self.mine), self.batch_size):
-            yield list(self.mine[start : start + self.batch_size])
+        for start in range(0, self.size, self.batch_size):
+            batch = list(range(start, min(start + self.batch_size, self.size)))
+            yield share(batch, self.rank, self.world)
+
+
+def share(batch: list[int], rank: int, world: int) -> list[int]:
+    """What process `rank` of `world` takes of a batch: every position goes to one of them.
+
+    Shares differ by at most one image and hold at least two, for batch norm: of a batch smaller than 2 x `world` some
+    processes take none. Theirs is an empty batch, for each must take as many steps or the others wait for ever.
+    """
+    sharers = min(world, max(1, len(batch) // 2))
+    return batch[rank::sharers] if rank < sharers else []
+
+
+def check_shares(batch_size: int, world: int) -> None:
+    """InputError where whole batches leave some of `world` processes fewer than the two images of a `share`."""
+    if batch_size < 2 * world:
+        raise InputError(
+            f"data.batch_size={batch_size}: {world} processes share each batch, and batch norm needs at least 2 images "
+            f"in each; set it to {2 * world} or more, or use fewer processes"
+        )

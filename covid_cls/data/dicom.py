@@ -10,12 +10,18 @@
 | MONOCHROME1                              | turned round last                                                         |
 | RGB, YBR, PALETTE COLOR                  | ITU-R 601 luma; of 16-bit colour the high byte                            |
 | several frames, over 16 bits, no pixels  | refused                                                                   |
+| a deflated file                          | refused: pydicom inflates it as a whole, 3 MB to 3 GB                     |
+| compressed pixels of another size than   | refused before they are decoded                                           |
+| the header's, or of too many JPEG scans  |                                                                           |
 
 Only the tags in `_TAGS` are ever parsed, so no name, number or date of a patient can reach a message. What pydicom says
 of a damaged file is not passed on either: it may quote values.
 """
 
 import logging
+import mmap
+import re
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,12 +31,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom import Dataset, dcmread
+from pydicom.encaps import generate_frames
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_color_lut, apply_windowing
 from pydicom.pixels.utils import pixel_array
-from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000TransferSyntaxes,
+    RLELossless,
+)
 
-from covid_cls.data.limits import BadImage, check_size
+from covid_cls.data.limits import MOST_SCANS, TOO_MANY_SCANS, BadImage, check_size
 
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT", "PALETTE COLOR")
@@ -48,6 +63,8 @@ _SYNTAX_WITHOUT_META: dict[tuple[bool | None, bool | None], UID] = {  # of (impl
     (False, True): ExplicitVRLittleEndian,
     (False, False): ExplicitVRBigEndian,
 }
+# SOF0 to SOF15 but for the tables between them, and SOF55 of JPEG-LS
+_FRAME_HEADERS = {0xF7, *range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _Levels = NDArray[np.float64]  # (n,) the distinct values of an image, on their way from stored to shown
 _EXTRA = 'pip install "covid_cls[dicom]"'
 
@@ -63,6 +80,7 @@ def read_dicom(path: Path) -> NDArray[np.uint8]:
     Raises BadImage if the file is damaged, or is not one radiograph that this module can show.
     """
     with _own_words("damaged DICOM file: its header cannot be read"):
+        _refuse_deflated(path)
         image = dcmread(path, force=True, specific_tags=_TAGS)
         _check(image)
     pixels = _pixels(image)
@@ -79,6 +97,13 @@ def _own_words(reason: str) -> Iterator[None]:
         raise
     except Exception:  # damaged values draw any type of exception from pydicom and its decoders
         raise BadImage(reason) from None
+
+
+def _refuse_deflated(path: Path) -> None:
+    """Raises BadImage if the file says anywhere that it is deflated; pydicom inflates it before it reads a tag."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data.find(DeflatedExplicitVRLittleEndian.encode()) >= 0:
+            raise BadImage("its transfer syntax (deflated) is not supported: save it without compression")
 
 
 def _check(image: Dataset) -> None:
@@ -112,7 +137,46 @@ def _pixels(image: Dataset) -> NDArray[np.integer]:
     if syntax.is_compressed and syntax != RLELossless and "pylibjpeg" not in decoder.available_plugins:
         reason += f"; {_EXTRA} brings another decoder"
     with _own_words(reason):
+        if syntax.is_compressed:
+            _check_compressed(image, syntax)
         return pixel_array(image)
+
+
+def _check_compressed(image: Dataset, syntax: UID) -> None:
+    """Raises BadImage or ValueError where decoding would take far more than the header's rows and columns.
+
+    Decoders believe the compressed data: 48 × 64 pixels by the header took 6 GB and 20 s.
+    """
+    if syntax == RLELossless:
+        raw = image.Rows * image.Columns * image.SamplesPerPixel * image.BitsAllocated // 8
+        if len(image.PixelData) > 2 * raw + 2**16:  # a run of 2 bytes becomes up to 128
+            raise BadImage("its compressed pixels are longer than they would be without compression")
+        return
+    frame = next(generate_frames(image.PixelData, number_of_frames=1))
+    if frame.count(b"\xff\xda") > MOST_SCANS and syntax not in JPEG2000TransferSyntaxes:
+        raise BadImage(TOO_MANY_SCANS)
+    sizes = _jpeg_2000_sizes(frame) if syntax in JPEG2000TransferSyntaxes else [_jpeg_size(frame)]
+    if any(size != (image.Columns, image.Rows) for size in sizes):
+        raise ValueError("of another size than the header says")
+
+
+def _jpeg_2000_sizes(frame: bytes) -> list[tuple[int, int]]:
+    """(width, height) of every codestream in `frame`, whatever wraps it. ValueError where there is none."""
+    starts = [found.end() for found in re.finditer(rb"\xff\x4f\xff\x51", frame)]
+    right, bottom, left, top = zip(*(struct.unpack_from(">4I", frame, start + 4) for start in starts), strict=True)
+    return [(r - x, b - y) for r, b, x, y in zip(right, bottom, left, top, strict=True)]
+
+
+def _jpeg_size(frame: bytes) -> tuple[int, int]:
+    """(width, height) in the first frame header of a JPEG or JPEG-LS. ValueError where it has none."""
+    place = 2
+    while frame[:2] == b"\xff\xd8" and frame[place : place + 1] == b"\xff":
+        marker, length = struct.unpack_from(">BH", frame, place + 1)
+        if marker in _FRAME_HEADERS:
+            height, width = struct.unpack_from(">HH", frame, place + 5)
+            return width, height
+        place += 2 + length
+    raise ValueError
 
 
 def _grey(pixels: NDArray[np.integer], image: Dataset) -> NDArray[np.uint8]:

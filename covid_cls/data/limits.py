@@ -1,8 +1,12 @@
 """What no reader lets through, whatever the format."""
 
 MOST_PIXELS = 50_000_000
+MOST_BYTES = 512 * 2**20  # 50 megapixels of 16-bit RGBA take 400 MB
+MOST_SCANS = 64  # of a JPEG; encoders write 10. 100 scans of 49 megapixels take 3 s, and 5 kB of a file hold 2000
 LEAST_SIDE = 32
 MOST_ASPECT = 5
+TOO_MANY_BYTES = f"a file of more than {MOST_BYTES // 2**20} MiB"
+TOO_MANY_SCANS = f"a JPEG of more than {MOST_SCANS} scans"
 TOO_MANY_PIXELS = f"more than {MOST_PIXELS // 1_000_000} megapixels"
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from covid_cls.data.limits import MOST_BYTES, TOO_MANY_BYTES
 from covid_cls.errors import InputError, listed
 from covid_cls.labels import CLASSES, canonical
 
@@ -25,6 +27,7 @@ _SPLIT_NAMES = {
     "testing": "test",
 }
 _OURS = ("patient_id", "source", "split", "fold", "sha256")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # the last: bytes that are no UTF-8
 # Left behind by file managers, and the index of a DICOM medium; hidden files are passed over as well.
 NO_IMAGES = {"thumbs.db", "desktop.ini", "dicomdir"}
 
@@ -97,9 +100,9 @@ def read_folder(root: Path) -> pd.DataFrame:
             for file in files_below(branch / name):
                 relative = file.relative_to(base).as_posix()
                 rows.append({"path": relative, "label": label, "split": split, "file": str(file), "line": 0})
-    strange = [row["path"] for row in rows if not Path(str(row["file"])).is_file()]
+    strange = [fault for row in rows if (fault := _folder_fault(base, str(row["path"])))]
     if strange:
-        raise InputError(f"{root}: {listed(strange)}: no regular file, or a link to nowhere; mend or remove it")
+        raise InputError(f"{root}: {listed(strange)}; mend or remove it")
     if unmatched:
         raise InputError(
             f"{root}: folders {listed(unmatched)} are neither a split (train, val or validation, test) nor a class "
@@ -176,15 +179,31 @@ def file_fault(root: Path, name: str) -> str | None:
     """Why `name` may not be opened, or None; `root` is resolved."""
     if not name or "\0" in name:
         return "path is empty or holds a NUL"
+    if _CONTROL.search(name):
+        return f"{name!r} holds a line break or another control character; rename the file"
     try:
         real = os.path.realpath(root / name)
         if os.path.commonpath([real, root]) != str(root) or Path(name).is_absolute():
             return f"{name} leaves the manifest's folder; give a path below {root}"
-        if not stat.S_ISREG(Path(real).stat().st_mode):
+        status = Path(real).stat()
+        if not stat.S_ISREG(status.st_mode):
             return f"{name} is no regular file"
+        if status.st_size > MOST_BYTES:  # it would be hashed before a reader refuses it
+            return f"{name} is {TOO_MANY_BYTES}"
     except (OSError, ValueError):
         return f"{name} is missing"
     return None
+
+
+def _folder_fault(base: Path, name: str) -> str | None:
+    """Why the file `name` of a folder may not be opened, or None; links out of the folder are followed."""
+    if _CONTROL.search(name):
+        shown = os.fsencode(name).decode("utf-8", "backslashreplace")
+        return f"{shown!r} is not UTF-8 or holds a line break or another control character"
+    path = base / name
+    if not path.is_file():
+        return f"{name}: no regular file, or a link to nowhere"
+    return f"{name} is {TOO_MANY_BYTES}" if path.stat().st_size > MOST_BYTES else None
 
 
 def _folders(folder: Path) -> list[str]:

@@ -17,7 +17,9 @@ A file is known by its first bytes, never by its name; only a `.dcm` or `.dicom`
 | EXIF orientation                           | applied                                                                 |
 | animation, pages                           | the first frame                                                         |
 | DICOM                                      | modality → VOI → MONOCHROME1 turned round; see `dicom.py`               |
-| over 50 megapixels                         | refused before a pixel is decoded                                       |
+| over 50 megapixels or 512 MiB; JPEG of     | refused before a pixel is decoded: nothing that is read takes more than |
+| over 64 scans; TIFF of absurd tiles or     | 1 GB or a few seconds                                                   |
+| tags                                       |                                                                         |
 | shorter side < 32, sides beyond 5:1, blank | refused (blank: all pixels equal in the result)                         |
 | truncated; PNG with a wrong checksum       | refused; a flipped bit in a JPEG goes unseen, as JPEG has no checksum   |
 | empty, text, web page, git-lfs pointer     | refused, and named                                                      |
@@ -27,17 +29,32 @@ A file is known by its first bytes, never by its name; only a `.dcm` or `.dicom`
 import logging
 import re
 import stat
+import struct
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
-from covid_cls.data.limits import TOO_MANY_PIXELS, BadImage, check_size
+from covid_cls.data.limits import (
+    MOST_BYTES,
+    MOST_PIXELS,
+    MOST_SCANS,
+    TOO_MANY_BYTES,
+    TOO_MANY_PIXELS,
+    TOO_MANY_SCANS,
+    BadImage,
+    check_size,
+)
 
 _BIT_DEPTHS = (8, 10, 12, 14, 16)
+_MOST_EXIF = 2**20  # bytes; cameras write 64 kB
+_MOST_NUMBERS = 1_000_000  # in a tag of a TIFF; 50 megapixels in tiles of 16 × 16 and 4 planes have 780,000 offsets
+_BYTES = (1, 2, 7)  # types of TIFF's tags that Pillow keeps as they are: bytes, text, undefined
+_POINTERS = (0x8769, 0x8825, 0xA005)  # tags that lead to further tags: EXIF, GPS, interoperability
 _SIGNATURES = {  # Pillow's name of the format: how such a file begins
     "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
     "JPEG": re.compile(rb"\xff\xd8\xff"),
@@ -73,8 +90,13 @@ def read_image(path: Path) -> NDArray[np.uint8]:
 def _head(path: Path) -> bytes:
     """The first bytes of `path`, enough to know its kind. Raises BadImage unless it is a regular file."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for a writer
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait for a writer
             raise BadImage("not a regular file")
+        if status.st_size > MOST_BYTES:
+            raise BadImage(TOO_MANY_BYTES)
+        if not status.st_size:  # some of /proc's files wait for ever, too
+            return b""
         with path.open("rb") as file:
             return file.read(132)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -105,11 +127,19 @@ def _read_raster(path: Path, kind: str) -> NDArray[np.uint8]:
     """The first frame of a file that Pillow reads as `kind`, as uint8 grey (H, W). Raises BadImage."""
     try:
         with path.open("rb") as file:
+            if kind == "JPEG":
+                _check_jpeg(file.read())
+            if kind == "TIFF":
+                _check_tags(file)
             with Image.open(file, formats=(kind,)) as image:
                 check_size(*image.size)
                 image.verify()  # PNG checksums: decoding alone passes over those of the pixel data
             with Image.open(file, formats=(kind,)) as image:
-                _check_byte_order(image)
+                if isinstance(image, TiffImageFile):
+                    _check_tiff(image, path)
+                image.load()
+                if len(image.info.get("exif") or b"") > _MOST_EXIF:
+                    raise BadImage("EXIF of more than a megabyte")
                 ImageOps.exif_transpose(image, in_place=True)
                 return grey_of(image)
     except BadImage:
@@ -124,13 +154,50 @@ def _read_raster(path: Path, kind: str) -> NDArray[np.uint8]:
         raise BadImage(f"damaged or unsupported {kind} file: {_one_line(error)}") from None
 
 
-def _check_byte_order(image: ImageFile.ImageFile) -> None:
-    """Raises BadImage for a TIFF whose 32-bit or signed pixels Pillow would return with their bytes swapped.
+def _check_jpeg(data: bytes, pictures: int = 1) -> None:
+    """Raises BadImage for JPEG data that takes minutes: a scan visits every pixel, an EXIF block copies the last."""
+    if data.count(b"\xff\xda") > MOST_SCANS * pictures:
+        raise BadImage(TOO_MANY_SCANS)
+    if data.count(b"Exif\0\0") > MOST_SCANS:
+        raise BadImage("a JPEG of many EXIF blocks")
 
-    Seen in Pillow 13.0: libtiff decompresses to the machine's byte order, and Pillow swaps once more.
+
+def _check_tags(file: BinaryIO) -> None:
+    """Raises BadImage for a TIFF with a tag of more numbers than a picture needs: Pillow makes a tuple of each.
+
+    A tag of 200 million numbers in a sparse file took Pillow 13.0 half a minute and 6 GB.
     """
-    big_endian = isinstance(image, TiffImageFile) and image.tag_v2.prefix == b"MM"
-    if big_endian and image.mode in ("I", "F") and image.tile[0].codec_name == "libtiff":
+    head = file.read(16)
+    order, big = {b"II": "<", b"MM": ">"}[head[:2]], b"+" in head[2:4]
+    number, entry = struct.Struct(order + ("Q" if big else "H")), struct.Struct(order + ("HHQQ" if big else "HHII"))
+    pending, seen = [struct.unpack(order + ("Q" if big else "I"), head[8:16] if big else head[4:8])[0]], set[int]()
+    while pending:
+        place = pending.pop()
+        if place in seen:
+            continue
+        seen.add(place)
+        file.seek(place)
+        counted = file.read(number.size)
+        left = number.unpack(counted)[0] if len(counted) == number.size else 0
+        while left and len(line := file.read(entry.size)) == entry.size:
+            tag, kind, count, value = entry.unpack(line)
+            if kind not in _BYTES and count > _MOST_NUMBERS:
+                raise BadImage("a TIFF with a tag of over a million numbers")
+            if tag in _POINTERS:
+                pending.append(value)
+            left -= 1
+
+
+def _check_tiff(image: TiffImageFile, path: Path) -> None:
+    """Raises BadImage for a TIFF that libtiff would fill the memory for, or that Pillow reads wrong."""
+    tags = image.tag_v2
+    if tags.get(322, 0) * tags.get(323, 0) > MOST_PIXELS:  # width and length of a tile, which is decoded as a whole
+        raise BadImage("a TIFF with tiles of " + TOO_MANY_PIXELS)
+    if image.info.get("compression") in ("jpeg", "tiff_jpeg"):
+        _check_jpeg(path.read_bytes(), len(image.tile))
+    # Seen in Pillow 13.0: libtiff decompresses 32-bit and signed pixels to the machine's byte order, and Pillow swaps
+    # their bytes once more.
+    if tags.prefix == b"MM" and image.mode in ("I", "F") and image.tile[0].codec_name == "libtiff":
         raise BadImage("compressed big-endian TIFF of signed, 32-bit or float pixels: convert to 8- or 16-bit PNG")
 
 

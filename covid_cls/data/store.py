@@ -176,6 +176,8 @@ def _build(table: pd.DataFrame, hashes: Sequence[str], folder: Path, size: int, 
             faults.update(found)
         with whole_file(scratch / "index.csv") as file:
             index.assign(fault=[faults[row] for row in range(len(files))]).to_csv(file, index=False)
+        with target.open("rb+") as images:
+            os.fsync(images.fileno())  # or a loss of power could leave a store of zeros
         scratch.chmod(0o755)
         scratch.rename(folder)
     except BaseException:

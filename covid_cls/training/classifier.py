@@ -5,7 +5,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from covid_cls.labels import TASKS
 from covid_cls.models.backbones import build_network, freeze_depth
@@ -56,8 +56,11 @@ class Classifier(pl.LightningModule):
         if head["prior_bias"]:
             bias = prior_bias(positives, images, self.multilabel)
             self.net.get_submodule("head.out").bias = torch.nn.Parameter(torch.tensor(bias))
-        self.train_metrics = EpochMetrics(self.task)
-        self.val_metrics = EpochMetrics(self.task)
+        # Torch's weighted cross-entropy alone divides by the sum of the weights; the others divide by the images.
+        weights = self.criterion.weights if self.criterion.name == "ce" and not self.multilabel else None
+        image_weights = torch.ones(len(targets)) if weights is None else weights
+        self.train_metrics = EpochMetrics(self.task, image_weights)
+        self.val_metrics = EpochMetrics(self.task, image_weights)
         self.pretrained_stages: tuple[str, ...] = ()
         self.prefix: Prefix | None = None
         self.run_stages: Callable[..., Tensor] = self.net.run
@@ -80,7 +83,7 @@ class Classifier(pl.LightningModule):
         """The batch as network input: augmented in training, centre-cropped otherwise; features pass untouched."""
         if batch.stage > 0:
             return batch
-        if self.training and self.augment.random:
+        if self.training and self.augment.random and len(batch.y):
             view = self.augment(batch.x, batch.index, self.preprocess.crop, self.seed, self.current_epoch)
         else:
             view = self.preprocess.centre(batch.x)
@@ -88,13 +91,15 @@ class Classifier(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Seed what is left to the global generator (dropout), so that a resumed epoch repeats the original."""
-        torch.manual_seed(self.seed + self.current_epoch)
+        torch.manual_seed(self.seed + self.current_epoch + 1_000_003 * self.global_rank)  # no mask twice in a batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The batch's mean loss."""
+        """The batch's mean loss; with several processes what they average to that of their shares together."""
         logits = self._logits(batch)
-        loss: Tensor = self.criterion(logits, batch.y)
-        self.train_metrics.update(logits.detach(), batch.y, loss.detach())
+        loss = self._loss(logits, batch.y)
+        self.train_metrics.update(logits, batch.y, loss)
+        if distributed.is_available() and distributed.is_initialized():
+            loss = loss * self._loss_scale(batch.y)
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -104,7 +109,7 @@ class Classifier(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The logits of the batch, which is counted in."""
         logits = self._logits(batch)
-        self.val_metrics.update(logits, batch.y, self.criterion(logits, batch.y))
+        self.val_metrics.update(logits, batch.y, self._loss(logits, batch.y))
         return logits
 
     def on_validation_epoch_end(self) -> None:
@@ -123,6 +128,18 @@ class Classifier(pl.LightningModule):
         if self.prefix is not None and stage == 0:
             x, stage = self.prefix(x), self.prefix.stop
         return self.run_stages(x, start=stage)
+
+    def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The mean loss, float32; of a process without a share in the batch 0, whose gradients are 0 as well."""
+        loss: Tensor = self.criterion(logits, y) if len(y) else logits.float().sum()
+        return loss
+
+    def _loss_scale(self, y: Tensor) -> Tensor:
+        """By what this process's mean loss is multiplied: DDP averages gradients, however unequal the shares are."""
+        mine = self.train_metrics.image_weights[y].sum()
+        total = mine.clone()
+        distributed.all_reduce(total)
+        return mine * distributed.get_world_size() / total
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Float32 probabilities (N, classes); they sum to one unless the task is multi-label."""

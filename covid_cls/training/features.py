@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from covid_cls.data.dataset import Features, RadiographDataset, as_array, on_dev
 from covid_cls.errors import InputError
 from covid_cls.models.prefix import Prefix
 from covid_cls.models.transforms import Augment
-from covid_cls.records import digest, files_digest, whole_file, write_json
+from covid_cls.records import digest, files_digest, remove_scratch, whole_file, write_json
 from covid_cls.training.classifier import Classifier
 
 log = logging.getLogger(__name__)
@@ -99,21 +100,33 @@ class FeatureCache:
         self._check_room(missing)
         return [self._view(folder, draw, rows) for folder, draw in zip(folders, draws, strict=True)]
 
-    def _folder(self, draw: int | None) -> Path:
+    def _about(self, draw: int | None) -> dict[str, Any]:
         hparams: Any = self.classifier.hparams
-        view = "centre" if draw is None else {"augment": hparams.augment, "seed": _SEED, "draw": draw}
-        about = {**self._key, "view": view}
-        folder = self.root / digest(json.dumps(about, sort_keys=True))
-        if not (folder / "about.json").is_file():
-            write_json(folder / "about.json", about)
+        return {
+            **self._key,
+            "view": "centre" if draw is None else {"augment": hparams.augment, "seed": _SEED, "draw": draw},
+        }
+
+    def _folder(self, draw: int | None) -> Path:
+        folder = self.root / digest(json.dumps(self._about(draw), sort_keys=True))
+        folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def _known(self, folder: Path) -> NDArray[np.bool_]:
         """Which rows of the store are computed."""
-        path = folder / "known.npy"
-        if path.is_file() and (folder / "features.npy").is_file():
-            return np.asarray(np.load(path))
-        return np.zeros(len(self.data.images), dtype=bool)
+        images, path = len(self.data.images), folder / "known.npy"
+        if path.is_file() and self._complete(folder):
+            with suppress(ValueError, OSError, EOFError):  # what numpy makes of a damaged file
+                known = np.load(path)
+                if (known.shape, known.dtype) == ((images,), np.bool_):
+                    return np.asarray(known)
+            log.warning("%s: damaged; these features are computed anew", path)
+        return np.zeros(images, dtype=bool)
+
+    def _complete(self, folder: Path) -> bool:
+        """Whether the file of the features has its whole length."""
+        path = folder / "features.npy"
+        return path.is_file() and path.stat().st_size > len(self.data.images) * self.bytes_each  # and a header
 
     def _check_room(self, missing: int) -> None:
         need = missing * self.bytes_each
@@ -133,9 +146,12 @@ class FeatureCache:
     def _view(self, folder: Path, draw: int | None, rows: NDArray[np.int64]) -> NDArray[Any]:
         path = folder / "features.npy"
         with FileLock(folder / ".lock"):
+            remove_scratch(folder)
+            if not (folder / "about.json").is_file():
+                write_json(folder / "about.json", self._about(draw))
             known = self._known(folder)
             todo = rows[~known[rows]]
-            if not path.is_file():
+            if not self._complete(folder):
                 (folder / "known.npy").unlink(missing_ok=True)
                 images = len(self.data.images)
                 with whole_file(path) as file:
@@ -156,7 +172,7 @@ class FeatureCache:
             array[rows] = self._features(np.resize(rows, _BATCH), draw)[: len(rows)]
             known[rows] = True
             if number % _SAVE == 0 or start == starts[-1]:
-                array.flush()
+                array.flush()  # to the disk: not even a loss of power leaves rows on record that are not there
                 with whole_file(folder / "known.npy") as file:
                     np.save(file, known)
         log.info("frozen stages, %s: %d images computed, kept in %s", what, len(todo), folder)

@@ -31,7 +31,7 @@ def run_digests(settings: dict[str, Any], data_digest: str) -> dict[str, str]:
     return {"config": digest(json.dumps(identity, sort_keys=True)), "data": data_digest, "code": code_digest()}
 
 
-def finished_run(settings: dict[str, Any], experiment: str) -> Path | None:
+def finished_folder(settings: dict[str, Any], experiment: str) -> Path | None:
     """The folder of a finished run of these settings, their data as they are now and this code; None if there is none.
 
     experiment: name of the folder below output_root, or "*". The data are read only where a run of this name is

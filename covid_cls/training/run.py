@@ -3,8 +3,10 @@
 import datetime
 import json
 import logging
+import os
 import platform
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import covid_cls
 from covid_cls.errors import InputError
-from covid_cls.records import LEDGER, digest, read_json, write_json
+from covid_cls.interrupts import received
+from covid_cls.records import LEDGER, digest, read_json, remove_scratch, write_json
+from covid_cls.training.checkpoints import newest_good
 from covid_cls.training.identity import cell_name, run_digests
+from covid_cls.training.lock import held
 
 log = logging.getLogger(__name__)
 _PACKAGES = (
@@ -33,6 +36,7 @@ _PACKAGES = (
     "pillow",
     "scikit-learn",
 )
+_STATUSES = ("running", "finished", "failed", "interrupted")
 
 
 @dataclass
@@ -51,11 +55,17 @@ class Run:
         """Whether nothing is left to do."""
         return bool(self.record["status"] == "finished")
 
-    @property
-    def last_checkpoint(self) -> Path | None:
-        """Where an interrupted training goes on from; None if it has not come to the end of an epoch."""
-        path = self.folder / "checkpoints" / "last.ckpt"
-        return path if path.is_file() else None
+    def last_checkpoint(self) -> tuple[Path | None, dict[str, Any]]:
+        """Where an interrupted training goes on from, and what is in it; (None, {}) without an epoch to go on from.
+
+        See `newest_good`. Its warnings are logged, and stay in the record as "damage".
+        """
+        path, contents, warnings = newest_good(self.folder / "checkpoints")
+        for warning in warnings:
+            log.warning(warning)
+        if warnings:
+            self.record["damage"] = [*self.record.get("damage", []), *warnings]
+        return path, contents
 
     def note(self, **facts: Any) -> None:
         """Put facts into run.json."""
@@ -67,21 +77,37 @@ class Run:
     def training(self) -> Iterator[None]:
         """Record how the work inside ends and how long it took, earlier starts included; its exceptions go on."""
         start, before = time.monotonic(), self.record.get("seconds", 0.0)
+        earlier = dict(self.record)
+        if self.writes:
+            remove_scratch(self.folder)
         for stale in ("ended", "reason"):  # of an earlier start
             self.record.pop(stale, None)
-        self.note(status="running", started=_now(), device=_device(), versions=_versions())
+        self.note(
+            status="running",
+            started=_now(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device=_device(),
+            versions=_versions(),
+        )
 
         def end(**facts: str) -> None:
             self.note(ended=_now(), seconds=round(before + time.monotonic() - start, 1), **facts)
 
         try:
             with _log_to(self.folder / "run.log") if self.writes else nullcontext():
+                if self.writes and earlier["status"] == "running":  # else it would say how it ended
+                    log.warning(
+                        "the start of %s ended without a word (process %s on host %s)",
+                        *(earlier.get(key, "unknown") for key in ("started", "pid", "host")),
+                    )
                 yield
-        except (KeyboardInterrupt, SystemExit, SIGTERMException) as stop:
-            end(status="interrupted", reason=type(stop).__name__)
-            raise
         except BaseException as error:
-            end(status="failed", reason=f"{type(error).__name__}: {error}")
+            stop = received()
+            if isinstance(error, KeyboardInterrupt | SystemExit) or (stop and not isinstance(error, InputError)):
+                end(status="interrupted", reason=stop.name if stop else type(error).__name__)
+            else:
+                end(status="failed", reason=f"{type(error).__name__}: {error}")
             raise
         end(status="finished")
 
@@ -93,39 +119,55 @@ def open_run(
     """The run in `root/<cell>` for these settings, data and code: a new one, or the one that was begun before.
 
     settings: the resolved configuration. rerun: delete what an earlier run left. writes: False in all but the first
-    process of a distributed run. InputError where another process is training the same cell.
+    process of a distributed run. InputError where another process is training the same cell, by its host and number.
     """
     digests = run_digests(settings, data_digest)
     folder = root / f"{cell_name(settings)}-{digest(json.dumps(digests))[:8]}"
     if not writes:
-        yield Run(folder, {"status": "running"}, writes=False)
+        yield Run(folder, {**_read_record(folder), "status": "running"}, writes=False)
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    root.mkdir(parents=True, exist_ok=True)
+    with held(folder):
+        begun = folder.is_dir()
+        folder.mkdir(exist_ok=True)
+        try:
+            if rerun:
+                _empty(folder, keep=LEDGER)  # the same test images, however often the network is trained anew
+            record = _read_record(folder)
+            record |= {
+                "cell": folder.name,
+                "config": settings,
+                "digests": digests,
+                "code_version": covid_cls.__version__,
+            }
+            yield Run(folder, record)
+        finally:
+            if not begun and not (folder / "run.json").is_file():  # refused before it began
+                shutil.rmtree(folder)
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """What run.json says of earlier starts; InputError where somebody damaged it or took it away."""
+    path = folder / "run.json"
+    anew = "restore it from a backup, or train this cell anew with rerun=true"
+    if not path.is_file():
+        if (folder / "checkpoints").is_dir():
+            raise InputError(f"{path}: is missing beside the checkpoints of an earlier start; {anew}")
+        return {"status": "new"}
     try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise InputError(f"{folder}: another process is training this very cell; wait for it or stop it") from error
-    try:
-        if rerun:
-            _empty(folder, keep=LEDGER)  # the same test images, however often the network is trained anew
-        record_path = folder / "run.json"
-        record = read_json(record_path) if record_path.is_file() else {"status": "new"}
-        record |= {"cell": folder.name, "config": settings, "digests": digests, "code_version": covid_cls.__version__}
-        yield Run(folder, record)
-    finally:
-        lock.release()
-        if not (folder / "run.json").is_file():  # refused before it began
-            _empty(folder)
-            (folder / ".lock").unlink(missing_ok=True)
-            folder.rmdir()
+        record = read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}, or train this cell anew with rerun=true") from error
+    if record.get("status") not in _STATUSES or not isinstance(record.get("seconds", 0.0), int | float):
+        raise InputError(f"{path}: not what a run writes (status: {record.get('status')!r}); {anew}")
+    return record
 
 
 def _empty(folder: Path, keep: str = "") -> None:
     for entry in folder.iterdir():
-        if entry.is_dir():
+        if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
-        elif entry.name not in (".lock", keep):
+        elif entry.name != keep:
             entry.unlink()
 
 

@@ -11,13 +11,13 @@ import pytorch_lightning as pl
 import torch
 
 from covid_cls.data.datamodule import Radiographs
+from covid_cls.data.dataset import check_shares
 from covid_cls.labels import TASKS
 from covid_cls.models.backbones import freeze_report
 from covid_cls.models.losses import Criterion
 from covid_cls.models.prefix import Prefix
 from covid_cls.models.transforms import Augment, Preprocess
 from covid_cls.models.weights import load_pretrained
-from covid_cls.training.checkpoints import read_checkpoint
 from covid_cls.training.classifier import Classifier
 from covid_cls.training.features import feature_note, fixed_views, serve_features
 from covid_cls.training.optim import build_optimizer, build_scheduler
@@ -42,10 +42,12 @@ def read_data(settings: dict[str, Any]) -> Radiographs:
     return Radiographs(TASKS[settings["task"]["name"]], canvas, settings["seed"], **settings["data"])
 
 
-def start_classifier(settings: dict[str, Any], data: Radiographs, run: Run, download: bool) -> Classifier:
+def start_classifier(
+    settings: dict[str, Any], data: Radiographs, run: Run, download: bool, checkpoint: dict[str, Any] | None = None
+) -> Classifier:
     """The classifier of `settings`; where its weights came from, what is frozen and the data's facts go into run.json.
 
-    A run that is resumed takes its weights from its checkpoint and their history from its record. download: whether
+    A run that is resumed takes its weights from its `checkpoint` and their history from its record. download: whether
     pretrained weights may be fetched. InputError where they are refused.
     """
     backbone = settings["backbone"]
@@ -56,9 +58,9 @@ def start_classifier(settings: dict[str, Any], data: Radiographs, run: Run, down
         seed=settings["seed"],
         **{part: settings[part] for part in _PARTS},
     )
-    if run.last_checkpoint:
+    if checkpoint:
         weights = run.record["weights"]
-        classifier.load_state_dict(read_checkpoint(run.last_checkpoint)["state_dict"])
+        classifier.load_state_dict(checkpoint["state_dict"])
     else:
         weights = dataclasses.asdict(load_pretrained(classifier.net, backbone["name"], backbone["weights"], download))
     classifier.pretrained_stages = tuple(weights["pretrained_stages"])
@@ -80,6 +82,7 @@ def prepare_fit(classifier: Classifier, data: Radiographs, trainer: pl.Trainer, 
     feature cache is asked for; images that fit lie on the GPU. With `compile`, the frozen stages are compiled, and on a
     GPU the trained ones too (on a CPU they were slower that way).
     """
+    check_shares(settings["data"]["batch_size"], trainer.world_size)  # before other processes are started
     device = trainer.strategy.root_device
     frozen = tuple(f"net.{stage}." for stage in classifier.net.frozen_names)
     saver: Any = trainer.strategy.checkpoint_io

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from covid_cls.data.dataset import EpochBatches, OrderedBatches, RadiographDataset, as_array
+from covid_cls.data.dataset import EpochBatches, OrderedBatches, RadiographDataset, as_array, share
 from covid_cls.errors import InputError
 from covid_cls.records import Batch
 
@@ -91,26 +91,37 @@ def test_shuffle_keeps_the_classes_as_they_are() -> None:
     assert np.bincount(unequal[flat(list(EpochBatches(unequal, 8, seed=0)))]).tolist() == [10, 90]
 
 
-@pytest.mark.parametrize("world", [2, 3, 5])
-@pytest.mark.parametrize("size", [1, 2, 9, 10, 11, 50])
-def test_ranks_together_show_every_image_in_as_many_steps(size: int, world: int) -> None:
-    ranks = [EpochBatches(labels(size), 4, seed=0, rank=rank, world=world) for rank in range(world)]
-    for number in range(2):
-        drawn = [epoch(rank, number) for rank in ranks]
-        assert len({len(rank) for rank in drawn}) == 1  # else the ranks wait for each other for ever
-        assert [len(rank) for rank in ranks] == [len(batches) for batches in drawn]
-        assert [[len(b) for b in rank] for rank in drawn] == [[len(b) for b in drawn[0]]] * world
-        counts = np.bincount([position for rank in drawn for position in flat(rank)], minlength=size)
-        assert counts.min() >= 1
-        assert counts.sum() == -(-size // world) * world  # filled up by less than a step of each rank
-        if size >= world:
-            assert counts.max() <= 2
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(("sampler", "views"), [("shuffle", 1), ("balanced", 1), ("shuffle", 3), ("balanced", 2)])
+def test_processes_share_the_batches_of_one(sampler: str, views: int, world: int) -> None:
+    for size in (1, 2, 3, 9, 10, 11, 12, 13, 14, 50, 61):
+        for batch_size in (2 * world, 2 * world + 1, 17):
+            alone = EpochBatches(labels(size), batch_size, 0, sampler, views=views)
+            ranks = [EpochBatches(labels(size), batch_size, 0, sampler, rank, world, views) for rank in range(world)]
+            for number in range(2):
+                whole, shares = epoch(alone, number), [epoch(rank, number) for rank in ranks]
+                # as many steps, or processes wait for each other for ever
+                assert {len(whole), *map(len, ranks), *map(len, shares)} == {len(alone)}
+                for batch, *parts in zip(whole, *shares, strict=True):
+                    assert sorted(flat(parts)) == sorted(batch)
+                    sizes = [len(part) for part in parts if part]
+                    assert max(sizes) - min(sizes) <= 1
+                    assert min(sizes) >= 2 or size == 1  # batch norm cannot train on one image
+                    assert len(sizes) == min(world, max(1, len(batch) // 2))  # no more idle ones than must be
 
 
-def test_ranks_show_the_images_of_one_process() -> None:
-    alone = flat(epoch(EpochBatches(labels(60), 4, seed=0), 5))
-    ranks = [flat(epoch(EpochBatches(labels(60), 4, seed=0, rank=rank, world=3), 5)) for rank in range(3)]
-    assert [ranks[k % 3][k // 3] for k in range(60)] == alone
+def test_a_batch_too_small_for_all_processes_leaves_some_without_images() -> None:
+    assert [share([7, 5, 3], rank, 2) for rank in range(2)] == [[7, 5, 3], []]
+    assert [share([7, 5, 3, 8], rank, 2) for rank in range(2)] == [[7, 3], [5, 8]]
+    assert [share(list(range(5)), rank, 3) for rank in range(3)] == [[0, 2, 4], [1, 3], []]
+
+
+@pytest.mark.parametrize(("batch_size", "world"), [(3, 2), (9, 5), (1, 1)])
+def test_batches_that_processes_cannot_share(batch_size: int, world: int) -> None:
+    says = rf"data\.batch_size={batch_size}: {world} processes share .* set it to {2 * world} or more, or use fewer"
+    with pytest.raises(InputError, match=says):
+        EpochBatches(labels(60), batch_size, 0, world=world)
+    assert len(EpochBatches(labels(60), 2 * world, 0, world=world)) == -(-60 // (2 * world))
 
 
 @pytest.mark.parametrize("sampler", ["", "random", "Shuffle"])
@@ -125,16 +136,16 @@ def test_an_unknown_sampler(sampler: str) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
 @pytest.mark.parametrize("size", [0, 1, 2, 5, 7, 101])
-def test_evaluation_shows_each_image_once_over_all_ranks(size: int, batch_size: int, world: int) -> None:
-    # DistributedSampler would pad 5 to 8 over 4 ranks and 101 to 104
+def test_evaluation_shows_each_image_once_over_all_processes(size: int, batch_size: int, world: int) -> None:
+    # DistributedSampler would pad 5 to 8 over 4 processes and 101 to 104
     ranks = [OrderedBatches(size, batch_size, rank, world) for rank in range(world)]
     drawn = [list(rank) for rank in ranks]
     assert sorted(position for rank in drawn for position in flat(rank)) == list(range(size))
     for rank, batches in zip(ranks, drawn, strict=True):
-        assert len(rank) == len(batches)
-        assert all(len(batch) == batch_size for batch in batches[:-1])
+        assert len(rank) == len(batches) == -(-size // batch_size)
         assert flat(batches) == sorted(flat(batches))
-        assert all(batches)
+    if world == 1:
+        assert all(len(batch) == batch_size for batch in drawn[0][:-1])
 
 
 # the data set
@@ -153,6 +164,14 @@ def test_a_batch() -> None:
     assert (batch.index.tolist(), batch.index.dtype) == ([9, 2, 2], torch.int64)
     assert batch.stage == 0
     assert np.array_equal(batch.x[:, 0].numpy(), images[[9, 2, 2]])
+
+
+@pytest.mark.parametrize(("views", "stage"), [(1, 0), (1, 4), (3, 4)])
+def test_a_batch_without_images_keeps_its_shape(views: int, stage: int) -> None:
+    arrays = [np.ones((5, 4, 4) if stage == 0 else (5, 2, 2, 6), np.float32) for _ in range(views)]
+    batch = RadiographDataset(arrays, np.arange(5), np.zeros(5, np.int64), stage)[[]]
+    assert batch.x.shape == ((0, 1, 4, 4) if stage == 0 else (0, 6, 2, 2))
+    assert (batch.y.shape, batch.y.dtype, batch.index.shape) == ((0,), torch.int64, (0,))
 
 
 def test_a_batch_is_a_copy() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import socket
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,72 @@ def test_a_nul_byte(root: Path) -> None:
     assert "line 3: path is empty or holds a NUL" in message
 
 
+@pytest.mark.parametrize("name", ["two\nlines.png", "tab\t.png", "bell\a.png", "esc\x1b[31m.png", "c1\x9b.png"])
+def test_a_control_character_in_a_name(root: Path, name: str) -> None:
+    # it would break the one line that a fault is told in, and what a terminal shows of it
+    touch(root, name)
+    message = fault(manifest(root, f'path,label\na.png,covid\n"{name}",covid\n'))
+    assert f"{name!r} holds a line break or another control character" in message
+    assert message.isprintable()
+
+
+def test_a_file_that_no_image_is_large_enough_for_is_not_hashed(root: Path) -> None:
+    with (root / "sparse.png").open("wb") as file:
+        file.truncate(600 * 2**20)
+    assert "line 3: sparse.png is a file of more than 512 MiB" in fault(
+        manifest(root, "path,label\na.png,covid\nsparse.png,covid\n")
+    )
+
+
+ESCAPES = (
+    "/etc/passwd",
+    "//etc/passwd",
+    "../outside.png",
+    "./../outside.png",
+    "deep/../../outside.png",
+    "deep/./.././../outside.png",
+    "../set-two/a.png",
+    "../" * 40 + "etc/passwd",
+    "out.png",
+    "outdir/outside.png",
+    "chain.png",
+    "passwd",
+    "zero",
+    "self/environ",
+    "~/a.png",
+    "C:\\a.png",
+    "file:///etc/passwd",
+    "a.png/..",
+    "pipe",
+    "socket",
+    "deep",
+    "loop",
+    "n" * 4096,
+    "n" * 256,
+    "a.png\0.csv",
+)
+
+
+def test_every_path_that_leaves_or_is_no_file_is_refused_with_its_line(root: Path) -> None:
+    touch(root.parent, "outside.png", "set-two/a.png")
+    links = {"out.png": "../outside.png", "outdir": "..", "chain.png": "out.png", "passwd": "/etc/passwd"}
+    links |= {"zero": "/dev/zero", "self": "/proc/self", "loop": "loop"}
+    for name, target in links.items():
+        (root / name).symlink_to(target)
+    os.mkfifo(root / "pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        here = Path.cwd()
+        os.chdir(root)  # a socket's address has 108 bytes
+        try:
+            listener.bind("socket")
+        finally:
+            os.chdir(here)
+    for line, name in enumerate(ESCAPES, start=2):
+        message = fault(manifest(root, "path,label\n" + "\n" * (line - 2) + f"{name},covid\n"))
+        assert f"line {line}: " in message, name
+        assert "1 faults" in message
+
+
 def test_an_empty_path(root: Path) -> None:
     assert "line 3: path is empty" in fault(manifest(root, "path,label\na.png,covid\n,covid\n"))
 
@@ -351,6 +418,15 @@ def test_a_fifo_in_a_class_folder_is_refused(tmp_path: Path, where: str) -> None
     touch(tmp_path, f"{where}/a.png")
     os.mkfifo(tmp_path / where / "pipe.png")
     assert f"{where}/pipe.png" in folder_fault(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "shown"), [(b"\xff.png", r"\\xff.png"), (b"two\nlines.png", r"two\nlines.png")])
+def test_a_name_in_a_class_folder_that_no_table_can_hold(tmp_path: Path, name: bytes, shown: str) -> None:
+    touch(tmp_path, "covid/a.png")
+    (tmp_path / "covid" / os.fsdecode(name)).touch()
+    message = folder_fault(tmp_path)
+    assert shown in message
+    assert message.isprintable()
 
 
 def test_a_dangling_link_in_a_class_folder_is_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from covid_cls.data.manifest import read_manifest
 from covid_cls.data.readers import read_image
 from covid_cls.data.store import default_cache, draw_on_canvas, hash_files, mapped_file, open_store, read_rows
 from covid_cls.errors import InputError
+from tests.soak.caches import caches
 
 REPOSITORY = Path(__file__).parents[2]
 REAL = REPOSITORY.parent / "shared" / "cxr"
@@ -548,17 +549,9 @@ def slow_set(root: Path, rows: int) -> pd.DataFrame:
     return table
 
 
-def test_processes_that_ask_at_once_build_once(tmp_path: Path, cache: Path) -> None:
-    table = slow_set(tmp_path / "set", 48)
-    hashes = hash_files(table, cache)
-    processes = [start_open(table, hashes, cache, 64) for _ in range(3)]
-    for process in processes:
-        go(process)
-    answers = [process.communicate(timeout=120)[0].strip() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
-    assert set(answers) == {hashlib.sha256(decoded(table, 64, 64).tobytes()).hexdigest()}
-    assert (tmp_path / "log").read_text() == "build\n"
-    assert len(stores(cache)) == 1
+def test_processes_that_ask_at_once_build_once_and_survive_who_builds(tmp_path: Path) -> None:
+    outcome = caches(4, tmp_path)  # of features, too
+    assert outcome.held, outcome
 
 
 def group_members(group: int) -> list[int]:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import resource
 import subprocess
 import sys
@@ -16,9 +17,12 @@ import pytest
 import torch
 
 from covid_cls.errors import InputError
-from covid_cls.training.checkpoints import WholeCheckpointIO, load_classifier, read_checkpoint
+from covid_cls.training.checkpoints import WholeCheckpointIO, load_classifier, newest_good, read_checkpoint
 from covid_cls.training.classifier import Classifier
 from covid_cls.training.predict import predict_split
+from tests.soak.flips import flips
+from tests.soak.outcome import Outcome
+from tests.soak.saves import saves
 from tests.training.small import compose_small, make_classifier, make_data, make_trainer, snapshot
 
 ROOT = Path(__file__).parents[2]
@@ -246,6 +250,20 @@ def test_an_address_is_not_fetched(address: str) -> None:
         WholeCheckpointIO().load_checkpoint(address)
 
 
+def numbered(epoch: int) -> dict[str, Any]:
+    """A checkpoint of nothing but its epoch."""
+    return {"state_dict": {"w": torch.full((4,), epoch)}, "hyper_parameters": {}, "epoch": epoch}
+
+
+def flip(path: Path, place: int) -> None:
+    """Change one byte of a file."""
+    with path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 0x10]))
+
+
 @pytest.fixture
 def small_files() -> Iterator[None]:
     """No file may grow beyond 64 KiB: what a full disk does in the middle of a save."""
@@ -256,19 +274,20 @@ def small_files() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("existing", [True, False])
-def test_a_save_that_breaks_off_leaves_the_old_file_and_nothing_else(
+def test_a_full_disk_costs_the_newest_checkpoint_and_says_what_it_needs(
     existing: bool, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     io, path = WholeCheckpointIO(), tmp_path / "last.ckpt"
-    old = {"state_dict": {"w": torch.arange(4)}, "hyper_parameters": {}}
     if existing:
-        io.save_checkpoint(old, path)
+        io.save_checkpoint(numbered(0), path)
+        io.save_checkpoint(numbered(1), path)
+    before = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()}
     request.getfixturevalue("small_files")
-    with pytest.raises((OSError, RuntimeError)):
-        io.save_checkpoint({**old, "state_dict": {"w": torch.rand(1 << 18)}}, path)
-    assert [entry.name for entry in tmp_path.iterdir()] == (["last.ckpt"] if existing else [])
-    if existing:
-        assert torch.equal(io.load_checkpoint(path)["state_dict"]["w"], torch.arange(4))
+    with pytest.raises(InputError, match=r"last\.ckpt: cannot be written \(File too large\): 1,048,576 bytes") as error:
+        io.save_checkpoint({**numbered(2), "state_dict": {"w": torch.rand(1 << 18)}}, path)
+    assert re.search(r"needed and [\d,]+ are free", str(error.value))
+    assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before
+    assert set(before) == ({"last.ckpt", "previous.ckpt"} if existing else set())
 
 
 def test_a_checkpoint_that_cannot_be_pickled_leaves_the_old_file(tmp_path: Path) -> None:
@@ -289,3 +308,79 @@ def test_a_save_does_not_pass_through_the_temporary_folder(
     path = tmp_path / "deep" / "er" / "last.ckpt"
     WholeCheckpointIO().save_checkpoint({"state_dict": {}, "hyper_parameters": {}}, path)
     assert read_checkpoint(path) == {"state_dict": {}, "hyper_parameters": {}}
+
+
+def test_every_byte_of_a_checkpoint_counts(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    WholeCheckpointIO().save_checkpoint(numbered(0), path)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        flip(path, place)
+        with pytest.raises(InputError, match=r"last\.ckpt"):
+            read_checkpoint(path)
+        path.write_bytes(whole)
+    assert read_checkpoint(path)["epoch"] == 0
+    path.write_bytes(whole + b"x")
+    with pytest.raises(InputError, match="checksum"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_others_read_a_checkpoint_as_torch_wrote_it(mmap: bool, checkpoint: Path, tmp_path: Path) -> None:
+    expected, found = read_checkpoint(checkpoint), torch.load(checkpoint, weights_only=True, mmap=mmap)
+    assert all(torch.equal(expected["state_dict"][name], tensor) for name, tensor in found["state_dict"].items())
+    torch.save(found, tmp_path / "theirs.ckpt")  # without a checksum of ours
+    assert read_checkpoint(tmp_path / "theirs.ckpt")["hyper_parameters"] == expected["hyper_parameters"]
+
+
+def test_the_checkpoint_before_the_last_is_kept_and_used_where_the_last_is_damaged(tmp_path: Path) -> None:
+    io, last, previous = WholeCheckpointIO(), tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    assert newest_good(tmp_path) == (None, {}, [])
+    for epoch in range(3):
+        io.save_checkpoint(numbered(epoch), tmp_path / "best.ckpt")
+        io.save_checkpoint(numbered(epoch), last)
+    path, contents, warnings = newest_good(tmp_path)
+    assert (path, contents["epoch"], warnings) == (last, 2, [])
+
+    flip(last, last.stat().st_size // 2)
+    path, contents, (warning,) = newest_good(tmp_path)
+    assert (path, contents["epoch"]) == (previous, 1)
+    assert warning.startswith(f"going on from {previous}, epoch 2: {last}: not a file of plain tensors (damaged")
+    flip(previous, 100)
+    path, contents, warnings = newest_good(tmp_path)
+    assert (path, contents) == (None, {})
+    assert [warning.split(":")[:2] for warning in warnings] == [
+        ["training from the beginning", f" {name}"] for name in (last, previous)
+    ]
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_the_one_before(tmp_path: Path) -> None:
+    io, last, previous = WholeCheckpointIO(), tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    for epoch in range(3):
+        io.save_checkpoint(numbered(epoch), last)
+    flip(last, 100)
+    resumed = WholeCheckpointIO()
+    assert resumed.load_checkpoint(previous)["epoch"] == 1
+    resumed.save_checkpoint(numbered(2), last)
+    assert [read_checkpoint(path)["epoch"] for path in (previous, last)] == [1, 2]
+    resumed.save_checkpoint(numbered(3), last)
+    assert [read_checkpoint(path)["epoch"] for path in (previous, last)] == [2, 3]
+
+
+def test_a_file_system_without_hard_links_keeps_the_previous_checkpoint_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*names: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    io = WholeCheckpointIO()
+    for epoch in range(3):
+        io.save_checkpoint(numbered(epoch), tmp_path / "last.ckpt")
+    assert [read_checkpoint(tmp_path / name)["epoch"] for name in ("previous.ckpt", "last.ckpt")] == [1, 2]
+
+
+@pytest.mark.parametrize("soak", [saves, flips], ids=lambda soak: soak.__name__)
+def test_a_few_rounds_of_the_soak(soak: Callable[[int, Path], Outcome], tmp_path: Path) -> None:
+    outcome = soak(6, tmp_path)
+    assert outcome.held, outcome

@@ -1,5 +1,7 @@
 """A feature cache changes how often the frozen stages are computed, and nothing else that it does not name."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -184,15 +186,33 @@ def test_a_build_that_is_broken_off_goes_on(tmp_path: Path, monkeypatch: pytest.
     assert np.array_equal(found[rows], wanted[rows])
 
 
-def test_features_that_were_deleted_are_computed_anew(tmp_path: Path) -> None:
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "deleted features": lambda folder: (folder / "features.npy").unlink(),
+    "short features": lambda folder: os.truncate(folder / "features.npy", 2000),
+    "empty features": lambda folder: os.truncate(folder / "features.npy", 0),
+    "empty record": lambda folder: os.truncate(folder / "known.npy", 0),
+    "short record": lambda folder: os.truncate(folder / "known.npy", 140),
+    "record of another set": lambda folder: np.save(folder / "known.npy", np.ones(7, dtype=bool)),
+    "record of something else": lambda folder: np.save(folder / "known.npy", np.ones(36)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_features_that_were_damaged_are_computed_anew(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = compose_small("strategy=fc")
     classifier, data = make_classifier(settings), make_data(settings, tmp_path)
     cache = FeatureCache(classifier, data, Prefix(classifier.net), 1.0)
     wanted = np.array(cache.views([None], ["train"])[0])
     (file,) = feature_files(tmp_path)
-    file.unlink()
+    (file.parent / ".known.npy.abcdefgh.part").touch()  # of a build that was killed
+    DAMAGES[damage](file.parent)
+    caplog.clear()
     assert np.array_equal(cache.views([None], ["train"])[0], wanted)
+    assert ("damaged" in caplog.text) == ("record" in damage)
     assert wanted.any()
+    assert {path.name for path in file.parent.iterdir()} == {"about.json", "features.npy", "known.npy", ".lock"}
 
 
 def test_a_cache_that_would_outgrow_its_limit_is_refused_with_the_size_it_needs(tmp_path: Path) -> None:

@@ -1,26 +1,33 @@
 """A run's folder is named by what decides its numbers, held by one process, and says how far it came."""
 
 import copy
-import json
 import logging
+import os
 import shutil
-import subprocess
-import sys
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
+import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import covid_cls
 from covid_cls.errors import InputError
 from covid_cls.records import read_json
+from covid_cls.training import lock
 from covid_cls.training.identity import cell_name, code_digest
 from covid_cls.training.run import open_run
+from tests.soak.crowd import Member
+from tests.soak.starts import starts
 from tests.training.small import compose_small
 
-ROOT = Path(__file__).parents[2]
+HOST = socket.gethostname()
 
 
 @pytest.fixture(scope="module")
@@ -203,49 +210,105 @@ def test_a_finished_run_does_not_keep_the_reason_of_an_earlier_failure(
 
 def test_the_last_checkpoint_is_what_a_run_goes_on_from(settings: dict[str, Any], tmp_path: Path) -> None:
     with open_run(tmp_path, settings, "d") as run:
-        assert run.last_checkpoint is None
+        assert run.last_checkpoint() == (None, {})
         (run.folder / "checkpoints").mkdir()
-        (run.folder / "checkpoints" / "last.ckpt").touch()
-        assert run.last_checkpoint == run.folder / "checkpoints" / "last.ckpt"
+        contents = {"state_dict": {"weight": torch.ones(2)}, "hyper_parameters": {}}
+        torch.save(contents, run.folder / "checkpoints" / "last.ckpt")
+        path, found = run.last_checkpoint()
+        assert path == run.folder / "checkpoints" / "last.ckpt"
+        assert torch.equal(found["state_dict"]["weight"], torch.ones(2))
 
 
-HOLDER = """
-import json, sys
-from pathlib import Path
-from covid_cls.training.run import open_run
-with open_run(Path(sys.argv[1]), json.loads(sys.argv[2]), "d") as run, run.training():
-    print("holding", flush=True)
-    sys.stdin.readline()
-"""
+def hold(connection: Connection, root: Path, settings: dict[str, Any], host: str, silence: float) -> None:
+    """In a process of its own, which believes to be on `host`: trains the cell until it is told."""
+    socket.gethostname = lambda: host
+    lock._SILENCE = silence
+    with open_run(root, settings, "d") as run, run.training():
+        connection.send("holding")
+        connection.recv()
+        run.note(written="after the wait")
+
+
+@contextmanager
+def holder(root: Path, settings: dict[str, Any], host: str = HOST, silence: float = 60) -> Iterator[Member]:
+    """A process that trains the cell."""
+    member = Member(hold, root, settings, host, silence)
+    try:
+        assert member.answer() == "holding"
+        yield member
+    finally:
+        member.kill()
+
+
+def refusal(root: Path, settings: dict[str, Any], *, rerun: bool = False) -> str:
+    with pytest.raises(InputError) as error, open_run(root, settings, "d", rerun=rerun):
+        pytest.fail("was let in")
+    return str(error.value)
 
 
 def test_a_second_process_on_the_same_cell_is_refused_until_the_first_is_gone(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", HOLDER, str(tmp_path), json.dumps(settings)]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "holding\n"
-        (folder,) = (entry for entry in tmp_path.iterdir() if entry.is_dir())
-        before = (folder / "run.json").read_bytes()
+    with holder(tmp_path, settings) as other:
+        (record,) = tmp_path.glob("*/run.json")
+        before = record.read_bytes()
+        since = read_json(record)["started"]
         for rerun in (False, True):
-            with (
-                pytest.raises(InputError, match="another process") as error,
-                open_run(tmp_path, settings, "d", rerun=rerun),
-            ):
-                pytest.fail("was let in")
-            assert str(folder) in str(error.value)
-        assert (folder / "run.json").read_bytes() == before
-        holder.kill()
-    with open_run(tmp_path, settings, "d") as run:
-        assert run.record["status"] == "running"  # it could not say that it was killed
-        assert not run.finished
+            assert refusal(tmp_path, settings, rerun=rerun) == (
+                f"{record.parent}: process {other.process.pid} on host {HOST} (since {since}) is training "
+                f"this very cell; wait for it or stop it (its lock is {tmp_path / f'.{record.parent.name}.lock'})"
+            )
+        assert record.read_bytes() == before
+        other.kill()
+        with open_run(tmp_path, settings, "d") as run:  # at once
+            assert run.record["status"] == "running"  # it could not say that it was killed
+            assert not run.finished
+            with run.training():
+                pass
+    said = f"the start of {since} ended without a word (process {other.process.pid} on host {HOST})"
+    assert said in (run.folder / "run.log").read_text()
+    assert [entry.name for entry in tmp_path.iterdir()] == [run.folder.name]  # no lock is left
+
+
+def test_a_process_on_another_host_is_refused_for_as_long_as_it_gives_signs_of_life(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("covid_cls.training.lock._SILENCE", 3.0)
+    with holder(tmp_path, settings, "node7", 3.0) as other:
+        start = time.monotonic()
+        assert f"process {other.process.pid} on host node7 (since " in refusal(tmp_path, settings)
+        assert time.monotonic() - start < 3
+        other.kill()
+        start = time.monotonic()
+        with open_run(tmp_path, settings, "d") as run:
+            assert run.record["host"] == "node7"
+            assert 2 < time.monotonic() - start < 9
+
+
+def test_who_was_taken_for_dead_ends_and_writes_no_more(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("covid_cls.training.lock._SILENCE", 1.0)
+    with holder(tmp_path, settings, "node7", 1.0) as other:
+        assert other.process.pid
+        os.kill(other.process.pid, signal.SIGSTOP)
+        with open_run(tmp_path, settings, "d") as run:
+            os.kill(other.process.pid, signal.SIGCONT)
+            other.process.join(20)
+            assert other.process.exitcode == 1
+            assert "written" not in read_json(run.folder / "run.json")
+            with run.training():
+                pass
+
+
+def test_many_starts_at_once_leave_each_cell_one_process(tmp_path: Path) -> None:
+    outcome = starts(8, tmp_path)
+    assert outcome.held, outcome
 
 
 def test_a_second_opening_in_the_same_process_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
     with open_run(tmp_path, settings, "d") as run, run.training():
-        with pytest.raises(InputError, match="another process"), open_run(tmp_path, settings, "d"):
-            pytest.fail("was let in")
+        assert f"process {os.getpid()} on host" in refusal(tmp_path, settings)
         assert read_json(run.folder / "run.json")["status"] == "running"
 
 
@@ -278,10 +341,10 @@ def test_rerun_empties_the_folder_and_starts_anew(settings: dict[str, Any], tmp_
         run.note(weights={"used": "imagenet"})
     with open_run(tmp_path, settings, "d", rerun=True) as again:
         assert again.folder == run.folder
-        assert {entry.name for entry in again.folder.iterdir()} == {".lock", "openings.csv"}
+        assert {entry.name for entry in again.folder.iterdir()} == {"openings.csv"}
         assert again.record["status"] == "new"
         assert "weights" not in again.record
-        assert again.last_checkpoint is None
+        assert again.last_checkpoint() == (None, {})
         with again.training():
             pass
     assert read_json(run.folder / "run.json")["status"] == "finished"
@@ -296,11 +359,34 @@ def test_a_process_that_does_not_write_touches_nothing(settings: dict[str, Any],
         assert read_json(first.folder / "run.json")["status"] == "running"
 
 
-def test_a_broken_record_is_refused_by_its_name(settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ('{"status": ', "not valid JSON"),
+        ("", "not valid JSON"),
+        ("[]", "expected a JSON object"),
+        ("{}", "status: None"),
+        ('{"status": "done"}', "status: 'done'"),
+        ('{"status": ["finished"]}', "status: "),
+        ('{"status": "failed", "seconds": "long"}', "not what a run writes"),
+        (None, "is missing beside the checkpoints"),
+    ],
+)
+def test_a_damaged_record_is_refused_by_its_name_and_costs_no_checkpoint(
+    damage: str | None, reason: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
     with open_run(tmp_path, settings, "d") as run, run.training():
+        (run.folder / "checkpoints").mkdir()
+    record = run.folder / "run.json"
+    if damage is None:
+        record.unlink()
+    else:
+        record.write_text(damage)
+    said = refusal(tmp_path, settings)
+    assert said.startswith(f"{record}: ")
+    assert reason in said
+    assert "rerun=true" in said
+    assert (run.folder / "checkpoints").is_dir()
+    with open_run(tmp_path, settings, "d", rerun=True) as run, run.training():  # the lock was let go
         pass
-    (run.folder / "run.json").write_text('{"status": ')
-    with pytest.raises(InputError, match=r"run\.json: not valid JSON"), open_run(tmp_path, settings, "d"):
-        pytest.fail("was let in")
-    with FileLock(run.folder / ".lock", timeout=0):
-        pass  # and the lock was let go
+    assert read_json(record)["status"] == "finished"

@@ -1,0 +1,108 @@
+"""Provokes the faults that a long sweep meets, many of each, and prints what came of them as one table.
+
+python -m tests.soak [--small] [--write] [kind ...]
+
+kind: some of the names in KINDS; all of them without. --small: a few faults of each. --write: put the table into
+docs/soak.md. The exit code is 1 where a line does not hold.
+"""
+
+import argparse
+import datetime
+import importlib
+import os
+import platform
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+from tests.conftest import ROOT
+from tests.soak.outcome import Outcome
+
+# The name of a module and of its function, with the faults in a whole soak and in a small one.
+KINDS = {
+    "kills": (12, 2),
+    "saves": (200, 10),
+    "flips": (200, 20),
+    "sweep": (24, 6),
+    "images": (500, 60),
+    "caches": (200, 4),
+    "starts": (50, 8),
+}
+PACKAGES = ("torch", "pytorch-lightning", "torchvision", "hydra-core", "pillow", "filelock", "covid_cls")
+ANCHOR = "<!-- what follows is written by `python -m tests.soak --write` -->\n"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit code, after the table is printed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("kinds", nargs="*", metavar="kind")
+    wanted = parser.parse_args(arguments)
+    if unknown := set(wanted.kinds) - set(KINDS):
+        parser.error(f"{sorted(unknown)}: no kinds of faults; there are {list(KINDS)}")
+    kinds = wanted.kinds or list(KINDS)
+    rows = []
+    for kind in kinds:
+        rounds = KINDS[kind][1 if wanted.small else 0]
+        print(f"{kind}: {rounds} …", flush=True)
+        start = time.monotonic()
+        outcome = provoke(kind, rounds)
+        rows.append((outcome, time.monotonic() - start))
+        print(f"{kind}: {outcome.seen}; {'held' if outcome.held else 'DID NOT HOLD'}", flush=True)
+    command = " ".join(["python -m tests.soak", *(["--small"] if wanted.small else []), *wanted.kinds])
+    text = page(command, rows)
+    print("\n" + text)
+    if wanted.write:
+        path = ROOT / "docs" / "soak.md"
+        path.write_text(path.read_text(encoding="utf-8").partition(ANCHOR)[0] + ANCHOR + text, encoding="utf-8")
+    return 0 if all(outcome.held for outcome, _ in rows) else 1
+
+
+def provoke(kind: str, rounds: int) -> Outcome:
+    """What came of `rounds` faults of a kind; a soak that breaks down itself is a line that does not hold."""
+    with tempfile.TemporaryDirectory(prefix=f"soak-{kind}-") as folder:
+        try:
+            outcome: Outcome = getattr(importlib.import_module(f"tests.soak.{kind}"), kind)(rounds, Path(folder))
+        except Exception as error:
+            traceback.print_exc()
+            return Outcome(f"{rounds} {kind}", "a result", f"broke down: {type(error).__name__}: {error}", False)
+    return outcome
+
+
+def page(command: str, rows: Sequence[tuple[Outcome, float]]) -> str:
+    """The table in Markdown, below what made it."""
+    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    lines = [
+        f"## {datetime.date.today()}: `{command}`",
+        "",
+        f"Python {platform.python_version()}, {versions}; {platform.system()}, {os.cpu_count()} cores of "
+        f"{processor()}, no GPU used.",
+        "",
+        "| planted | expected | seen | held | seconds |",
+        "|---|---|---|---|---|",
+    ]
+    for outcome, seconds in rows:
+        cells = [outcome.planted, outcome.expected, outcome.seen, "yes" if outcome.held else "**no**", f"{seconds:.0f}"]
+        lines.append("| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def processor() -> str:
+    """The model of this machine's CPU, or its architecture where the system does not tell."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

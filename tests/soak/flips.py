@@ -1,0 +1,66 @@
+"""Checkpoints of which one byte has changed: each is recognised, and the one before is used."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from covid_cls.errors import InputError
+from covid_cls.training.checkpoints import LAST, PREVIOUS, load_classifier, newest_good, read_checkpoint
+from tests.soak.outcome import Outcome
+from tests.training.small import compose_small, make_classifier, make_data, make_trainer
+
+_SEED = 9
+
+
+def flips(rounds: int, folder: Path) -> Outcome:
+    """`rounds` bytes changed one at a time in the checkpoints of a run of three epochs, at random places and values.
+
+    Every other one in the last checkpoint, where a start must then go on from the one before.
+    """
+    settings = compose_small("strategy=fc", "trainer.max_epochs=3", "augment=none", "checkpoint_seconds=0")
+    trainer, _ = make_trainer(settings, folder)
+    trainer.fit(make_classifier(settings), make_data(settings, folder / "cache"))
+    checkpoints, draw = folder / "checkpoints", random.Random(_SEED)
+    last, best = checkpoints / LAST, checkpoints / "best.ckpt"
+    missed, wrong, used = [], [], 0
+    for number in range(rounds):
+        path: Path = (last, best)[number % 2]
+        place = draw.randrange(path.stat().st_size)
+        old = _put(path, place, None)
+        _put(path, place, old ^ draw.randrange(1, 256))
+        refusals = [_refusal(read, path) for read in (read_checkpoint, load_classifier)]
+        if not all(str(path) in refusal for refusal in refusals):
+            missed.append(f"byte {place} of {path.name}: {refusals}")
+        if path == last:
+            found, contents, warnings = newest_good(checkpoints)
+            named = len(warnings) == 1 and str(last) in warnings[0] and str(checkpoints / PREVIOUS) in warnings[0]
+            good = found == checkpoints / PREVIOUS and contents["epoch"] == 1 and named
+            used += good
+            wrong += [] if good else [f"byte {place} of {path.name}: goes on from {found}, saying {warnings}"]
+        _put(path, place, old)
+    whole = newest_good(checkpoints)[0] == last and not _refusal(load_classifier, best)
+    return Outcome(
+        f"{rounds} single bytes changed in the checkpoints of a run, {rounds - rounds // 2} of them in the last one",
+        f"{rounds} of {rounds} refused by name; {rounds - rounds // 2} starts from the one before, with a warning",
+        "; ".join([f"{rounds - len(missed)} of {rounds}; {used} starts", *missed, *wrong]),
+        not missed and not wrong and whole,
+    )
+
+
+def _put(path: Path, place: int, value: int | None) -> int:
+    """The byte at `place`, which becomes `value` if there is one."""
+    with path.open("r+b") as file:
+        file.seek(place)
+        old = file.read(1)[0]
+        if value is not None:
+            file.seek(place)
+            file.write(bytes([value]))
+    return old
+
+
+def _refusal(read: Callable[[Path], object], path: Path) -> str:
+    try:
+        read(path)
+    except InputError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,222 @@
+"""Bad and unusual images, before the reader alone and before the commands that read whole sets."""
+
+import csv
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from covid_cls.data.limits import BadImage
+from covid_cls.data.phantom import build_phantoms
+from covid_cls.data.readers import read_image
+from covid_cls.records import read_json
+from tests.conftest import ROOT
+from tests.soak.outcome import Outcome
+from tests.soak.zoo import Specimen, plant
+
+Reader = Callable[[Path], np.ndarray]
+PATIENCE = 5.0  # seconds a file
+MOST_MEMORY = 1000  # MB that reading a file may take; a 16-bit picture of 49 megapixels takes 820
+ADDRESS_SPACE = 8 * 2**30  # bytes; what a reader that fails takes from the machine at most
+SMALL = ("data.size=32", "preprocess.crop=32", "data.batch_size=8", "backbone.weights=none", "trainer=cpu")
+BRIEF = ("trainer.max_epochs=1", "logger=none", "probes=false", "audit=off", "name=zoo")
+
+
+class Reading(NamedTuple):
+    """What a process made of a file: "read" and its pixels, "refused", "raised" and why, "died" or "hung"."""
+
+    end: str
+    grey: np.ndarray | None
+    words: str
+    megabytes: float
+
+
+def images(rounds: int, folder: Path) -> Outcome:
+    """`rounds` files before `read_image`, then before train, audit and predict."""
+    root = folder / "set"
+    (root / "zoo").mkdir(parents=True)
+    specimens = plant(root / "zoo", rounds, seed=0)
+    readings = read_all([root / "zoo" / specimen.name for specimen in specimens], read_image)
+    ends = [reading.end for reading in readings]
+    faults = [
+        f"{specimen.name!r}: {fault}"
+        for specimen, reading in zip(specimens, readings, strict=True)
+        if (fault := fault_of(specimen, reading))
+    ]
+    faults += _commands(folder, specimens, readings)
+    peak = max(reading.megabytes for reading in readings)
+    counts = {end: ends.count(end) for end in ("read", "refused", "died", "hung", "raised")}
+    held = not faults and not counts["died"] and not counts["hung"] and not counts["raised"] and peak < MOST_MEMORY
+    return Outcome(
+        f"{rounds} files: flipped bits, truncations, bombs, FIFOs, links, odd names, wrong extensions, 16 bits, "
+        "animations, EXIF, DICOM; then train, audit and predict over them",
+        f"0 deaths, 0 files over {PATIENCE:g} s, 0 other exceptions, 0 wrong pictures, every refused file named with "
+        f"its line and reason, at most {MOST_MEMORY} MB a file",
+        ", ".join(f"{count} {end}" for end, count in counts.items())
+        + f"; at most {peak:.0f} MB a file; {len(faults)} faults"
+        + "".join(f"; {fault}" for fault in faults[:10]),
+        held,
+    )
+
+
+def read_all(paths: Sequence[Path], reader: Reader) -> list[Reading]:
+    """What `reader`, a function of a module, makes of each path in a process of its own, which is replaced if lost."""
+    readings = []
+    worker, pipe = _start(reader)
+    for path in paths:
+        pipe.send(path)
+        try:
+            reading = pipe.recv() if pipe.poll(PATIENCE) else Reading("hung", None, "", 0)
+        except EOFError:
+            worker.join()
+            reading = Reading("died", None, f"exit code {worker.exitcode}", 0)
+        readings.append(reading)
+        if reading.end in ("hung", "died"):
+            worker.kill()
+            worker.join()
+            worker, pipe = _start(reader)
+    worker.kill()
+    worker.join()
+    return readings
+
+
+def _start(reader: Reader) -> tuple[multiprocessing.process.BaseProcess, "Connection[object, object]"]:
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    worker = spawn.Process(target=_serve, args=(theirs, reader), daemon=True)
+    worker.start()
+    theirs.close()
+    ours.recv()  # it has imported all it needs, and the first file's time starts now
+    return worker, ours
+
+
+def _serve(pipe: "Connection[object, object]", reader: Reader) -> None:
+    """Answer each path with a `Reading`."""
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+    pipe.send("ready")
+    while True:
+        path = pipe.recv()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _megabytes("VmRSS")
+        grey, words = None, ""
+        try:
+            grey, end = reader(path), "read"  # type: ignore[arg-type]
+        except BadImage as error:
+            end, words = "refused", str(error)
+        except BaseException as error:
+            end, words = "raised", f"{type(error).__name__}: {error}"
+        pipe.send(Reading(end, grey, words, _megabytes("VmHWM") - before))
+
+
+def _megabytes(entry: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(entry)) / 1024
+
+
+def fault_of(specimen: Specimen, reading: Reading) -> str:
+    """Why the reading is not what the specimen must come to, or ""."""
+    if reading.end not in ("read", "refused"):
+        return f"{reading.end} {reading.words}"
+    if reading.end == "refused":
+        expected = specimen.grey is None if specimen.refusal is None else specimen.refusal in reading.words
+        return "" if expected and "\n" not in reading.words else f"refused: {reading.words}"
+    if specimen.grey is None:
+        return "" if specimen.refusal is None else "read"
+    assert reading.grey is not None
+    same = reading.grey.shape == specimen.grey.shape
+    if same and np.abs(reading.grey - specimen.grey.astype(float)).max() <= specimen.tolerance:
+        return ""
+    return "read with other pixels"
+
+
+def write_manifests(root: Path, specimens: Sequence[Specimen]) -> dict[str, int]:
+    """The line of each specimen in `root`/manifest.csv, behind 36 phantoms; what it may not list is in odd.csv."""
+    phantoms = build_phantoms(root / "phantoms", images=36)
+    with phantoms.open(encoding="utf-8") as file:
+        good = [{"path": f"phantoms/{row['path']}", "label": row["label"]} for row in csv.DictReader(file)]
+    for name, chosen in {"manifest.csv": True, "odd.csv": False}.items():
+        rows = [{"path": f"zoo/{s.name}", "label": "covid"} for s in specimens if s.listable == chosen]
+        with (root / name).open("w", encoding="utf-8", newline="", errors="backslashreplace") as file:
+            writer = csv.DictWriter(file, ["path", "label"])
+            writer.writeheader()
+            writer.writerows([*good, *rows])
+    listed = [f"zoo/{specimen.name}" for specimen in specimens if specimen.listable]
+    return {path: line for line, path in enumerate(listed, start=2 + len(good))}
+
+
+def _commands(folder: Path, specimens: list[Specimen], readings: list[Reading]) -> list[str]:
+    """What the commands did that they should not, or did not say."""
+    root = folder / "set"
+    refused = {s.name for s, reading in zip(specimens, readings, strict=True) if reading.end == "refused"}
+    lines = {path: n for path, n in write_manifests(root, specimens).items() if path.removeprefix("zoo/") in refused}
+    odd = sum(not specimen.listable for specimen in specimens)
+    data = ("data=manifest", f"data.path={root / 'manifest.csv'}")
+    faults = []
+
+    for path, counted in {"manifest.csv": f"{len(lines)} images cannot be used", "odd.csv": f"{odd} faults"}.items():
+        done = _run("train", folder, "data=manifest", f"data.path={root / path}", *SMALL, *BRIEF)
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]  # libtiff may speak, too
+        if done.returncode != 2 or len(errors) != 1 or counted not in errors[0] or "Traceback" in done.stderr:
+            faults.append(f"train on {path}: exit code {done.returncode}, {done.stderr[-300:]}")
+
+    done = _run("train", folder, *data, *SMALL, *BRIEF, "data.on_bad_image=quarantine")
+    if done.returncode:
+        return [*faults, f"train with on_bad_image=quarantine: exit code {done.returncode}, {done.stderr[-300:]}"]
+    (record,) = folder.glob("outputs/zoo/*/run.json")
+    found = {row["path"]: row for row in read_json(record)["data"]["quarantined"]}
+    for path in lines.keys() | found.keys():
+        row = found.get(path)
+        if row is None or row["line"] != lines.get(path) or not row["reason"]:
+            faults.append(f"{path!r} in run.json: {row}, line {lines.get(path)}")
+
+    done = _run("audit", folder, *data, "probes=false", "output=audit")
+    if done.returncode not in (0, 1) or "Traceback" in done.stderr:
+        faults.append(f"audit: exit code {done.returncode}, {done.stderr[-300:]}")
+    faults += _predictions(folder, record.parent, specimens, refused)
+    return faults
+
+
+def _predictions(folder: Path, run: Path, specimens: list[Specimen], refused: set[str]) -> list[str]:
+    """What predict did not say of the zoo as a folder: a row for each file, undecided and with a reason if refused."""
+    words = (f"model={run}", f"input={folder / 'set' / 'zoo'}", "threshold=argmax", "output=table.csv")
+    done = _run("predict", folder, *words)
+    if done.returncode:
+        return [f"predict: exit code {done.returncode}, {done.stderr[-300:]}"]
+    with (folder / "table.csv").open(encoding="utf-8", newline="") as file:
+        rows = {row["image_id"]: row for row in csv.DictReader(file)}
+    faults = []
+    for specimen in specimens:
+        row = rows.get(os.fsencode(specimen.name).decode("utf-8", "backslashreplace"))
+        said = row is not None and (row["decision"] == "undecided" and row["detail"] != "")
+        if row is None or (specimen.name in refused and not said):
+            faults.append(f"{specimen.name!r} in predict's table: {row}")
+    if len(rows) != len(specimens):
+        faults.append(f"{len(rows)} rows in predict's table for {len(specimens)} files")
+    return faults
+
+
+def _run(command: str, folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "COVID_CLS_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", f"covid_cls.{command}", *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=900,
+        check=False,
+    )

@@ -1,0 +1,116 @@
+"""Saves that are killed with SIGKILL at any moment, with the temporary folder on another file system."""
+
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+from collections import Counter
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from covid_cls.errors import InputError
+from covid_cls.records import remove_scratch
+from covid_cls.training.checkpoints import LAST, WholeCheckpointIO, newest_good, read_checkpoint
+from tests.soak.outcome import Outcome
+
+_NUMBERS = 1 << 20  # in a checkpoint, of 4 bytes each
+_SEED = 8
+
+
+def saves(rounds: int, folder: Path) -> Outcome:
+    """`rounds` processes, each killed at any moment of one of its first saves, and a next one that goes on from there.
+
+    Not held where fewer than half of the kills hit a save, or where there is no second file system.
+    """
+    planted = f"{rounds} kills with SIGKILL during saves of 4 MB, TMPDIR on another file system"
+    expected = f"{rounds} of {rounds} last checkpoints whole, the old or the new one; 1 orphan a kill at most, then 0"
+    elsewhere = _other_file_system(folder)
+    if elsewhere is None:
+        return Outcome(planted, expected, f"nothing: no file system but that of {folder} was found", False)
+    draw, faults, orphans, landed = random.Random(_SEED), [], 0, Counter[str]()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # torch is imported once and not once a kill
+    with tempfile.TemporaryDirectory(dir=elsewhere) as temporary:
+        for number in range(rounds):
+            reader, writer = context.Pipe(duplex=False)
+            process = context.Process(target=_saver, args=(folder, temporary, writer), daemon=True)
+            process.start()
+            writer.close()
+            found = reader.recv()
+            begun = [reader.recv() for _ in range(draw.randrange(1, 4) * 2 - 1)][-1]
+            time.sleep(draw.uniform(0, 0.04))  # a save takes about 0.02 s
+            process.kill()
+            process.join()
+            begun, ended = _said(reader, begun)
+            landed["within a save" if ended < begun else "between saves"] += 1
+            left = len([path for path in folder.iterdir() if path.suffix != ".ckpt"])
+            orphans += left
+            fault = _fault(folder, begun, ended) or (f"{left} orphans" if left > 1 else "")
+            fault = fault or (f"{found} orphans after a start" if found else "")
+            faults += [f"kill {number + 1}: {fault}"] if fault else []
+    where = ", ".join(f"{count} {where}" for where, count in landed.items())
+    seen = f"{rounds - len(faults)} of {rounds} ({where}); {orphans} orphans in all, 0 after a start"
+    hit = landed["within a save"] * 2 > rounds
+    return Outcome(
+        planted, expected, "; ".join([seen if not faults else seen.partition(";")[0], *faults]), not faults and hit
+    )
+
+
+def _saver(folder: Path, temporary: str, writer: Connection) -> None:
+    """Go on from what is in `folder` as `train` does, and save for ever; says its orphans, then each begin and end."""
+    os.environ["TMPDIR"] = temporary
+    tempfile.tempdir = None
+    torch.set_num_threads(1)
+    remove_scratch(folder)
+    writer.send(len([path for path in folder.iterdir() if path.suffix != ".ckpt"]))
+    io = WholeCheckpointIO()
+    path, contents, _ = newest_good(folder)
+    if path:
+        io.load_checkpoint(path)
+    epoch = contents.get("epoch", -1)
+    while True:
+        epoch += 1
+        state = {"w": torch.full((_NUMBERS,), float(epoch))}
+        writer.send(epoch)
+        io.save_checkpoint({"state_dict": state, "hyper_parameters": {}, "epoch": epoch}, folder / LAST)
+        writer.send(epoch)
+
+
+def _said(reader: Connection, begun: int) -> tuple[int, int]:
+    """The last epoch whose save had begun, and the last one whose save had ended, after all that was said."""
+    ended = begun - 1
+    while True:
+        try:
+            epoch = reader.recv()
+        except (EOFError, OSError):
+            return begun, ended
+        if epoch > begun:
+            begun = epoch
+        else:
+            ended = epoch
+
+
+def _fault(folder: Path, begun: int, ended: int) -> str:
+    """What is wrong after a kill in the save of epoch `begun`, or after it; nothing where all is well."""
+    if ended < 0 and not (folder / LAST).exists():
+        return ""
+    try:
+        contents = read_checkpoint(folder / LAST)
+    except InputError as error:
+        return str(error)
+    epoch = contents["epoch"]
+    if epoch not in (ended, begun):
+        return f"holds epoch {epoch} where {ended} was saved and {begun} begun"
+    if not torch.equal(contents["state_dict"]["w"], torch.full((_NUMBERS,), float(epoch))):
+        return f"holds other numbers than those of epoch {epoch}"
+    return "" if newest_good(folder)[0] == folder / LAST else "is not what a start goes on from"
+
+
+def _other_file_system(folder: Path) -> Path | None:
+    """A folder on another file system than `folder`, if there is one."""
+    places = (Path("/dev/shm"), Path.home(), Path("/var/tmp"))  # the first is in memory on each Linux
+    found = [place for place in places if place.is_dir() and os.access(place, os.W_OK)]
+    return next((place for place in found if place.stat().st_dev != folder.stat().st_dev), None)

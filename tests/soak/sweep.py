@@ -1,0 +1,117 @@
+"""Cells that raise, exit, are killed or diverge, in a sweep of real commands."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from covid_cls.records import read_json
+from tests.conftest import ROOT
+from tests.soak.outcome import Outcome
+
+WORDS = (
+    "-m",
+    "trainer=cpu",
+    "trainer.max_epochs=1",
+    "data.size=32",
+    "preprocess.crop=32",
+    "data.images=36",
+    "data.batch_size=6",
+    "backbone.weights=none",
+    "strategy=full",
+    "logger=none",
+    "probes=false",
+    "name=soak",
+)
+# Python runs this at the start of each process; the product knows nothing of it. Three cells end when their training is
+# over, as they begin to predict; the fourth trains with a rate that no network stands.
+PLANTED = """
+import os, signal, sys
+from pathlib import Path
+
+faults = {"seed=1": "raise", "seed=2": "exit", "seed=3": "kill", "seed=4": "diverge"}
+words = sys.orig_argv if "hydra.mode=RUN" in sys.orig_argv and Path(os.environ["FAULTS"]).exists() else ()
+fault = next((faults[word] for word in words if word in faults), None)
+
+
+def end(*args, **kwargs):
+    if fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "exit":
+        sys.exit(3)
+    raise RuntimeError("planted")
+
+
+class Saboteur:
+    def find_spec(self, name, path=None, target=None):
+        if name == "hydra" and fault == "diverge":
+            sys.argv += ["optimizer.lr=1e30", "scheduler=none"]
+        if name == "covid_cls.cell" and fault:
+            import covid_cls.training.predict
+
+            covid_cls.training.predict.predict_split = end
+
+
+sys.meta_path.insert(0, Saboteur())
+"""
+ENDS = ("RuntimeError: planted", "exit code 3", "killed by SIGKILL", "NonFiniteError")
+
+
+def sweep(rounds: int, folder: Path) -> Outcome:
+    """A sweep of `rounds` cells, at least five, four of which fail; then the same command with the faults gone."""
+    (folder / "sitecustomize.py").write_text(PLANTED, encoding="utf-8")
+    (folder / "faults").touch()
+    done = start(rounds, folder)
+    before = finished(folder)
+    named = sum(end in done.stderr for end in ENDS)
+    (folder / "faults").unlink()
+    again = start(rounds, folder)
+    after = finished(folder)
+    untouched = sum(after.get(path) == times for path, times in before.items())
+    counts = [len(before), named, done.returncode, again.stdout.count("] $ "), untouched, again.returncode]
+    return Outcome(
+        f"{rounds} cells, of which one raises, one calls sys.exit, one is killed by SIGKILL, one diverges; "
+        "then the same command without these faults",
+        told(rounds - 4, 4, 1, 4, rounds - 4, 0),
+        told(*counts) + ("" if counts[2] == 1 else f" ({done.stderr[-500:]})"),
+        counts == [rounds - 4, 4, 1, 4, rounds - 4, 0],
+    )
+
+
+def told(finished: int, named: int, code: int, started: int, untouched: int, code_again: int) -> str:
+    """The counts in words."""
+    return (
+        f"{finished} finish, {named} failures are named, exit code {code}; "
+        f"then {started} are started, {untouched} left as they are, exit code {code_again}"
+    )
+
+
+def start(rounds: int, folder: Path) -> "subprocess.CompletedProcess[str]":
+    """The sweep's command, ended."""
+    seeds = ",".join(str(seed) for seed in range(rounds))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
+        "FAULTS": str(folder / "faults"),
+        "COVID_CLS_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "covid_cls.train", *WORDS, f"seed={seeds}", "hydra.launcher.n_jobs=2"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=3600,
+        check=False,
+    )
+
+
+def finished(folder: Path) -> dict[Path, list[int]]:
+    """The records of the sweep's finished runs, and when each and its checkpoints were written."""
+    records = folder.glob("outputs/soak/*/run.json")
+    return {
+        path: [file.stat().st_mtime_ns for file in (path, *sorted(path.parent.glob("checkpoints/*")))]
+        for path in records
+        if read_json(path)["status"] == "finished"
+    }

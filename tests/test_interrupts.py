@@ -1,0 +1,209 @@
+"""A signal ends a command in order, whatever it is at: what was finished is saved, and the same command goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from covid_cls import interrupts
+from covid_cls.interrupts import SIGNALS, Interrupted, deferred, interruptible, received, safe_point
+from tests.conftest import Command
+from tests.test_commands import cells, record, weights
+from tests.training.small import SMALL
+
+
+@pytest.fixture(autouse=True)
+def no_signal_yet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process that no signal has reached, and that handles signals afterwards as it did before."""
+    monkeypatch.setattr(interrupts, "_state", interrupts._State())
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGCHLD)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)], ids=str
+)
+def test_a_signal_ends_the_block_and_names_itself(number: signal.Signals, exit_code: int) -> None:
+    with pytest.raises(Interrupted) as stop, interruptible():  # noqa: PT012
+        signal.raise_signal(number)
+        pytest.fail("went on")
+    assert (str(stop.value), stop.value.exit_code, received()) == (number.name, exit_code, number)
+
+
+def test_further_signals_do_not_break_off_what_the_first_one_began() -> None:
+    saved = []
+
+    def work() -> None:
+        try:
+            signal.raise_signal(signal.SIGUSR1)
+        finally:
+            for number in SIGNALS:
+                signal.raise_signal(number)
+            saved.append("all")
+
+    with pytest.raises(Interrupted, match="SIGUSR1"), interruptible():
+        work()
+    signal.raise_signal(signal.SIGTERM)  # while the process ends
+    assert saved == ["all"]
+
+
+def test_a_deferred_signal_waits_for_the_next_safe_point() -> None:
+    steps = []
+
+    def fit() -> None:
+        with deferred():
+            for step in range(3):
+                safe_point()
+                if step == 1:
+                    signal.raise_signal(signal.SIGTERM)
+                steps.append(step)
+
+    with pytest.raises(Interrupted, match="SIGTERM"), interruptible():
+        fit()
+    assert steps == [0, 1]
+
+
+def test_a_deferred_signal_waits_no_longer_than_the_block() -> None:
+    with pytest.raises(Interrupted, match="SIGINT"), interruptible():  # noqa: PT012
+        with deferred():
+            signal.raise_signal(signal.SIGINT)
+        pytest.fail("went on")
+
+
+def test_what_else_comes_of_a_signal_is_put_down_to_it() -> None:
+    with pytest.raises(Interrupted, match="SIGTERM") as stop, interruptible(), deferred():  # noqa: PT012
+        signal.raise_signal(signal.SIGTERM)
+        raise RuntimeError("a worker process was killed, too")
+    assert isinstance(stop.value.__cause__, RuntimeError)
+
+
+def test_without_a_signal_nothing_changes() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(ValueError, match="ours"), interruptible(), deferred():  # noqa: PT012
+        safe_point()
+        raise ValueError("ours")
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert received() is None
+
+
+def test_a_process_of_a_distributed_run_leaves_signals_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with interruptible():
+        for number in SIGNALS:
+            signal.raise_signal(number)
+    assert received() is None
+
+
+def test_another_thread_handles_no_signals() -> None:
+    seen = []
+
+    def work() -> None:
+        with interruptible():
+            seen.extend(signal.getsignal(number) for number in SIGNALS)
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == before
+
+
+class Started:
+    """`train` in `folder` with these words, in a process group of its own; it has printed `mark`."""
+
+    def __init__(self, folder: Path, environment: dict[str, str], mark: str, *words: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "covid_cls.train", *words],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        assert any(mark in line for line in self.process.stdout), self.process.communicate()[1]
+
+    def stopped(self, *numbers: signal.Signals, all_processes: bool) -> tuple[int, list[str]]:
+        """The exit code and the lines on stderr, after these signals; all its processes have ended."""
+        for number in numbers:
+            (os.killpg if all_processes else os.kill)(self.process.pid, number)
+            time.sleep(0.05)
+        _, errors = self.process.communicate(timeout=120)
+        deadline = time.monotonic() + 20
+        while self._left() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not self._left()
+        return self.process.returncode, errors.splitlines()
+
+    def _left(self) -> bool:
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+
+def said(number: signal.Signals) -> str:
+    return f"stopped by {number.name}: the same command goes on from the last finished epoch"
+
+
+def test_a_run_stopped_in_training_and_in_predicting_goes_on_to_the_same_weights(
+    environment: dict[str, str], train: Command, tmp_path: Path
+) -> None:
+    words = (*SMALL, "strategy=fc", "trainer.max_epochs=6", "logger=none", "probes=false")
+    assert train(tmp_path, *words, "output_root=whole").returncode == 0
+    (whole,) = cells(tmp_path / "whole")
+
+    start = Started(tmp_path, environment, "epoch 2/6", *words)  # the checkpoint of the second waits in memory
+    assert start.stopped(signal.SIGTERM, all_processes=False) == (143, [said(signal.SIGTERM)])
+    (cell,) = cells(tmp_path / "outputs")
+    assert (record(cell)["status"], record(cell)["reason"]) == ("interrupted", "SIGTERM")
+    assert torch.load(cell / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
+
+    start = Started(tmp_path, environment, "epoch 4/6", *words, "data.workers=2")
+    code, errors = start.stopped(signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, all_processes=True)
+    assert (code, errors[-1], "Traceback" in str(errors)) == (143, said(signal.SIGUSR1), False)
+    assert record(cell)["reason"] == "SIGUSR1"
+
+    start = Started(tmp_path, environment, "epoch 6/6", *words, "probes=true")
+    time.sleep(0.3)
+    code, errors = start.stopped(signal.SIGINT, all_processes=True)
+    assert (code, errors[-1], "Traceback" in str(errors)) == (130, said(signal.SIGINT), False)
+    assert record(cell)["reason"] == "SIGINT"
+    assert not (cell / "metrics.json").exists()
+
+    done = train(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    assert "epoch 6/6" not in done.stdout
+    expected, found = weights(whole), weights(cell)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert not list(cell.rglob(".*.part"))
+
+
+def test_a_command_stopped_before_it_trains_leaves_nothing(environment: dict[str, str], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    words = [*SMALL, "data.size=1200", "preprocess.crop=1100"]
+    start = Started(tmp_path, {**environment, "COVID_CLS_CACHE": str(cache)}, "decoding 36 of 36 images", *words)
+    assert start.stopped(signal.SIGTERM, all_processes=False) == (143, [said(signal.SIGTERM)])
+    assert not list((cache / "store").glob("*.tmp*"))
+    assert not cells(tmp_path)
+
+
+def test_all_processes_of_a_distributed_run_end(environment: dict[str, str], tmp_path: Path) -> None:
+    small = [word for word in SMALL if word != "trainer=cpu"]
+    words = [*small, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_epochs=20"]
+    start = Started(tmp_path, environment, "epoch 2/20", *words, "strategy=fc", "logger=none")
+    assert start.stopped(signal.SIGTERM, all_processes=True) == (143, [said(signal.SIGTERM)])
+    (cell,) = cells(tmp_path)
+    assert (record(cell)["status"], record(cell)["reason"]) == ("interrupted", "SIGTERM")
+    assert torch.load(cell / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] >= 1

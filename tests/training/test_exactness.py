@@ -1,0 +1,52 @@
+"""The same seed gives the same bits: whatever kills a run, however many workers it has, wherever it is in a sweep."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_lightning import seed_everything
+
+from covid_cls.cell import train_cell
+from covid_cls.training.checkpoints import read_checkpoint
+from covid_cls.training.run import open_run
+from tests.conftest import Command
+from tests.soak.kills import WORDS, kills
+from tests.training.small import compose_small, make_data
+
+SHORT = (*WORDS, "trainer.max_epochs=2")
+
+
+def test_a_killed_run_goes_on_to_the_bits_of_one_that_was_not(tmp_path: Path) -> None:
+    outcome = kills(1, tmp_path)
+    assert outcome.held, outcome
+
+
+def trained_here(folder: Path, cache: Path, *words: str) -> Path:
+    """The run of these settings, trained in this very process, whatever was done in it before."""
+    settings = compose_small(*SHORT, *words)
+    seed_everything(settings["seed"], verbose=False)
+    data = make_data(settings, cache)
+    with open_run(folder, settings, data.digest) as run:
+        train_cell(settings, data, run, [])
+    return run.folder
+
+
+def assert_same_bits(one: Path, two: Path) -> None:
+    for name in ("best", "last"):
+        expected, found = (read_checkpoint(run / "checkpoints" / f"{name}.ckpt")["state_dict"] for run in (one, two))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+    for name in ("predictions-val.csv", "predictions-test.csv"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:.*worker processes in total:UserWarning")  # more than this machine has cores
+def test_neither_workers_nor_the_place_in_a_sweep_change_a_bit(train: Command, cache: Path, tmp_path: Path) -> None:
+    swept = train(tmp_path, "-m", *SHORT, "seed=1,0", "data.workers=2", "hydra.launcher.n_jobs=2")
+    assert swept.returncode == 0, swept.stderr
+    first, second = sorted((tmp_path / "outputs" / "phantom").iterdir(), key=lambda cell: "-s0-" in cell.name)
+    none, four = (trained_here(tmp_path / n, cache, f"data.workers={n}") for n in ("0", "4"))
+    assert_same_bits(none, four)
+    assert_same_bits(none, second)
+    with pytest.raises(AssertionError):  # another seed: what is compared can differ
+        assert_same_bits(none, first)
