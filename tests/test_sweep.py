@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -165,6 +166,36 @@ def test_submitit_runs_cells_even_of_several_processes(train: Command, tmp_path:
 def test_a_sweep_names_what_failed_and_does_only_that_again(tmp_path: Path) -> None:
     outcome = soak_sweep(5, tmp_path)
     assert outcome.held, outcome
+
+
+def test_a_preempted_job_is_started_again_and_goes_on(environment: dict[str, str], tmp_path: Path) -> None:
+    words = [*SMALL, "trainer.max_epochs=40", "callbacks=no_early_stopping", "probes=false", "logger=none", "seed=0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "covid_cls.train", "-m", "hydra/launcher=submitit_local", *words, "test=false"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (begun := "epoch 3/40" in printed(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert begun
+    for child in psutil.Process(process.pid).children(recursive=True):  # as Slurm does: to each process of the job
+        if "submitit.core._submit" in child.cmdline() or "hydra.mode=RUN" in child.cmdline():
+            child.send_signal(signal.SIGUSR2)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert "epoch 1/40" not in printed(tmp_path)  # of the job that was put back
+    assert "epoch 40/40" in printed(tmp_path)
+    (cell,) = cells(tmp_path)
+    assert record(cell)["status"] == "finished"
+
+
+def printed(folder: Path) -> str:
+    """What the last start of the sweep's first cell has printed."""
+    return "".join(path.read_text() for path in folder.glob("outputs/sweeps/*/job-0.log"))
 
 
 @pytest.mark.parametrize("word", ["sweep.jobs_per_gpu=0", "sweep.fail_first=true"])
