@@ -2,7 +2,6 @@
 
 import logging
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,10 @@ def benchmark(cfg: DictConfig) -> None:
     overrides = list(HydraConfig.get().overrides.task)
     command = shlex.join(["python", "-m", "covid_cls.benchmark", *overrides])
     about = {"command": command, **surroundings(), "config": settings}
-    try:
-        if settings["growth"] is None:
-            _measure_cell(settings, overrides, about)
-        else:
-            _measure_growth(settings, about)
-    except KeyboardInterrupt:
-        print("stopped: nothing was written", file=sys.stderr)
-        sys.exit(130)
+    if settings["growth"] is None:
+        _measure_cell(settings, overrides, about)
+    else:
+        _measure_growth(settings, about)
 
 
 def _measure_cell(settings: dict[str, Any], overrides: list[str], about: dict[str, Any]) -> None:
@@ -97,4 +92,4 @@ def _own(override: str) -> bool:
 
 
 if __name__ == "__main__":
-    run_command(benchmark, "benchmark")
+    run_command(benchmark, "benchmark", stopped="nothing was written")

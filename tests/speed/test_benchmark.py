@@ -83,7 +83,7 @@ def test_ctrl_c_leaves_no_process_and_no_file(environment: dict[str, str], tmp_p
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert errors.splitlines() == ["stopped: nothing was written"]
+    assert errors.splitlines() == ["stopped by SIGINT: nothing was written"]
     assert list((tmp_path / "result").iterdir()) == []
     deadline = time.monotonic() + 60
     while (left := alive(process.pid)) and time.monotonic() < deadline:  # Python's own helper ends a moment later
