@@ -149,7 +149,7 @@ def test_the_same_command_again_reports_and_does_not_train(finished: tuple[Path,
     assert (cell / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("more", [[], ["strategy=partial", "feature_cache=views:2"]], ids=["fresh", "cached"])
+@pytest.mark.parametrize("more", [["strategy=partial", "feature_cache=views:2"]], ids=["cached"])
 def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_weights(
     more: list[str], environment: dict[str, str], train: Command, tmp_path: Path
 ) -> None:

@@ -174,6 +174,9 @@ def test_a_run_stopped_in_training_and_in_predicting_goes_on_to_the_same_weights
     code, errors = start.stopped(signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, all_processes=True)
     assert (code, errors[-1], "Traceback" in str(errors)) == (143, said(signal.SIGUSR1), False)
     assert record(cell)["reason"] == "SIGUSR1"
+    last, previous = (cell / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt"))
+    before = torch.load(previous, weights_only=True)["epoch"] + 1
+    last.write_bytes(last.read_bytes()[:-1])
 
     start = Started(tmp_path, environment, "epoch 6/6", *words, "probes=true")
     time.sleep(0.3)
@@ -181,10 +184,13 @@ def test_a_run_stopped_in_training_and_in_predicting_goes_on_to_the_same_weights
     assert (code, errors[-1], "Traceback" in str(errors)) == (130, said(signal.SIGINT), False)
     assert record(cell)["reason"] == "SIGINT"
     assert not (cell / "metrics.json").exists()
+    (note,) = [note for note in record(cell)["notes"] if last.name in note]
+    assert f"{previous.relative_to(tmp_path)}, epoch {before}: {last.relative_to(tmp_path)}: not a file" in note
 
     done = train(tmp_path, *words)
     assert done.returncode == 0, done.stderr
     assert "epoch 6/6" not in done.stdout
+    assert note in done.stdout  # among those of the results
     expected, found = weights(whole), weights(cell)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert not list(cell.rglob(".*.part"))

@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 
 # What Lightning says of choices that are meant: images come from memory, frozen stages are in eval mode, scalars are
-# logged once an epoch, the classifier prepares its batches, torchmetrics gather over processes by themselves.
+# logged once an epoch, the classifier prepares its batches, torchmetrics gather over processes by themselves, a resumed
+# run finds its checkpoints where it left them.
 _MEANT = (
     "does not have many workers",
     "in eval mode at the start of training",
@@ -25,6 +26,7 @@ _MEANT = (
     "in `LightningModule` but have passed in a `LightningDataModule`",
     "sync_dist=True",
     "LeafSpec",
+    "exists and is not empty",
 )
 
 

@@ -61,6 +61,6 @@ def test_a_large_run_goes_back_into_the_queue_when_it_was_warned(ended: int, req
     done = subprocess.run(["bash", "large.sh", "seed=1"], cwd=tmp_path, env=env, check=False)
     assert done.returncode == ended
     run, *rest = (tmp_path / "started.txt").read_text(encoding="utf-8").splitlines()
-    assert run.startswith("srun python -m covid_cls.train trainer=ddp ")
+    assert run.startswith("srun --kill-on-bad-exit=1 python -m covid_cls.train trainer=ddp ")
     assert run.endswith(" seed=1")
     assert rest == (["scontrol requeue 7"] if requeued else [])
