@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from types import FrameType
 
 # Ctrl-C, a request to end, and the warnings that a cluster sends some time before that; the last is submitit's.
@@ -65,6 +66,21 @@ def deferred() -> Iterator[None]:
     finally:
         _state.deferred = False
     safe_point()
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """A block in which processes are started that none of SIGNALS reaches; they have to end with this one.
+
+    A terminal's Ctrl-C and a cluster's signals go to all processes of a command, and each would print a traceback from
+    wherever it is, if only in its imports. What reaches this process meanwhile waits for the end of the block.
+    """
+    resource_tracker.ensure_running()  # multiprocessing's first start would do so, and lift the mask (Python 3.11)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def safe_point() -> None:

@@ -54,7 +54,8 @@ class Sweep:
         jobs = sorted((read_json(path) for path in self.folder.glob("job-*.json")), key=lambda job: int(job["job"]))
         counts = Counter(job["status"] for job in jobs)
         listed = ", ".join(f"{count} {status}" for status, count in counts.items())
-        print(f"sweep of {len(jobs)} cells: {listed}; {self.folder}", flush=True)
+        if jobs:  # none where a fault of the words ended the command first
+            print(f"sweep of {len(jobs)} cells: {listed}; {self.folder}", flush=True)
         common = set.intersection(*(set(job["words"]) for job in jobs)) if len(jobs) > 1 else set()
         failed = [job for job in jobs if job["status"] not in ("finished", "stopped", "not started")]
         for job in failed:

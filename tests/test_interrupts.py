@@ -196,11 +196,16 @@ def test_a_run_stopped_in_training_and_in_predicting_goes_on_to_the_same_weights
     assert not list(cell.rglob(".*.part"))
 
 
-def test_a_command_stopped_before_it_trains_leaves_nothing(environment: dict[str, str], tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    words = [*SMALL, "data.size=1200", "preprocess.crop=1100"]
-    start = Started(tmp_path, {**environment, "COVID_CLS_CACHE": str(cache)}, "decoding 36 of 36 images", *words)
-    assert start.stopped(signal.SIGTERM, all_processes=False) == (143, [said(signal.SIGTERM)])
+@pytest.mark.parametrize("images", [36, 520])  # decoded in this process, and in others that are still being started
+def test_a_command_stopped_before_it_trains_leaves_nothing(
+    environment: dict[str, str], tmp_path: Path, images: int
+) -> None:
+    cache, number = tmp_path / "cache", signal.SIGTERM if images == 36 else signal.SIGINT
+    words = [*SMALL, "data.size=1200", "preprocess.crop=1100", f"data.images={images}"]
+    mark = f"decoding {images} of {images} images"
+    start = Started(tmp_path, {**environment, "COVID_CLS_CACHE": str(cache)}, mark, *words)
+    time.sleep(0.3)
+    assert start.stopped(number, all_processes=True) == (128 + number, [said(number)])
     assert not list((cache / "store").glob("*.tmp*"))
     assert not cells(tmp_path)
 

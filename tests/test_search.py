@@ -157,7 +157,7 @@ def test_a_damaged_journal_and_a_search_that_runs_are_refused(tmp_path: Path) ->
     tried(tmp_path, new_search(1))
     with (
         new_search().opened(tmp_path, BINARY),
-        pytest.raises(InputError, match="another process is at this very search"),
+        pytest.raises(InputError, match=rf"process {os.getpid()} on host .* is at this very search"),
         new_search().opened(tmp_path, BINARY),
     ):
         pass
@@ -252,6 +252,13 @@ def test_words_that_do_not_fit_a_search_are_refused_before_any_cell(
     assert done.stderr.startswith(says)
     assert len(done.stderr.splitlines()) == 1
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_multirun_of_searches_is_refused(search: Command, tmp_path: Path) -> None:
+    done = search(tmp_path, "-m", *WORDS, "strategy=fc,partial")
+    assert done.returncode == 2
+    assert "error: -m: a search is of one cell; give one value for each key" in done.stderr
+    assert "sweep of" not in done.stdout
 
 
 def test_what_fails_at_every_rate_is_tried_once(search: Command, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from covid_cls.data import readers
 from covid_cls.data.limits import BadImage
 from covid_cls.data.readers import read_image
 from covid_cls.errors import InputError, listed
+from covid_cls.interrupts import shielded
 from covid_cls.records import digest, file_sha256, files_digest, read_json, whole_file, write_json
 
 log = logging.getLogger(__name__)
@@ -225,7 +226,9 @@ def _run(jobs: list[_Job], images: int) -> Iterator[dict[int, str]]:
     # spawn: forking a process that runs torch's threads can deadlock the child
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn, initializer=end_with_parent) as pool:
-        yield from pool.map(_decode_chunk, jobs)
+        with shielded():  # map starts the processes
+            found = pool.map(_decode_chunk, jobs)
+        yield from found
 
 
 def _refuse_second_start() -> None:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock, Timeout
 
 import covid_cls
 from covid_cls.errors import InputError
@@ -27,6 +26,7 @@ from covid_cls.labels import Task
 from covid_cls.records import DISCLAIMER, digest, read_json, read_predictions, write_json
 from covid_cls.reporting.text import text_table
 from covid_cls.training.identity import run_digests
+from covid_cls.training.lock import held
 
 METRIC = "macro_auroc"
 _STATES = {"COMPLETE": "finished", "PRUNED": "diverged", "RUNNING": "not finished"}  # of Optuna's trials
@@ -70,16 +70,9 @@ class RateSearch:
         it, or the journal is damaged.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise InputError(f"{folder}: another process is at this very search; wait for it or stop it") from error
-        try:
+        with held(folder, "at this very search"):
             self._open(folder, task, anew)
             yield
-        finally:
-            lock.release()
 
     def _open(self, folder: Path, task: Task, anew: bool) -> None:
         import optuna

@@ -17,8 +17,10 @@ _SILENCE = 60.0  # seconds without a sign of life after which a process that can
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, doing: str) -> Iterator[None]:
     """Keeps other processes off the run in `folder` meanwhile; InputError, naming host and process, where one has it.
+
+    doing: what that process is then said to be doing, "training this very cell".
 
     The lock lies beside the folder, so that this may be made and removed under it. A holder that died on this host is
     followed at once; one on another host, or in another container, when it has given no sign of life for a minute. Who
@@ -31,7 +33,7 @@ def held(folder: Path) -> Iterator[None]:
     except Timeout as error:
         holder = _holder(lease, folder / "run.json")
         raise InputError(
-            f"{folder}: {holder} is training this very cell; wait for it or stop it (its lock is {lease.lock_file})"
+            f"{folder}: {holder} is {doing}; wait for it or stop it (its lock is {lease.lock_file})"
         ) from error
     try:
         yield
@@ -49,7 +51,7 @@ def _acquire(lease: SoftFileLease) -> None:
         if owner is None or f"pid {owner.pid} on {owner.hostname}" not in str(error):
             raise
         log.warning(
-            "%s: process %d on host %s has this cell; waiting up to %.0f s for a sign of life",
+            "%s: process %d on host %s has this lock; waiting up to %.0f s for a sign of life",
             lease.lock_file,
             owner.pid,
             owner.hostname,

@@ -127,7 +127,7 @@ def open_run(
         yield Run(folder, {**_read_record(folder), "status": "running"}, writes=False)
         return
     root.mkdir(parents=True, exist_ok=True)
-    with held(folder):
+    with held(folder, "training this very cell"):
         begun = folder.is_dir()
         folder.mkdir(exist_ok=True)
         try:
