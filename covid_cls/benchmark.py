@@ -23,7 +23,7 @@ def benchmark(cfg: DictConfig) -> None:
     from covid_cls.speed.measure import check_options
     from covid_cls.speed.report import surroundings
     from covid_cls.training.features import fixed_views
-    from covid_cls.training.start import SECTIONS
+    from covid_cls.training.sections import SECTIONS
 
     settings = plain(cfg)
     for name, constructor in SECTIONS.items():

@@ -36,7 +36,7 @@ def search(cfg: DictConfig) -> None:
     rates = RateSearch(**settings["search"])
     slots = gpu_slots(settings["trainer"], settings["sweep"]["jobs_per_gpu"])
 
-    from covid_cls.training.start import SECTIONS, read_data
+    from covid_cls.training.sections import SECTIONS, read_data
 
     for section, constructor in SECTIONS.items():
         check_section(section, constructor, settings[section])

@@ -26,7 +26,7 @@ def train(cfg: DictConfig) -> None:
     from covid_cls.reporting.results import report_lines
     from covid_cls.training.features import fixed_views
     from covid_cls.training.run import open_run
-    from covid_cls.training.start import SECTIONS, read_data
+    from covid_cls.training.sections import SECTIONS, read_data
 
     settings = plain(cfg)
     for name, constructor in {**SECTIONS, "operating": fit_operating}.items():

@@ -44,6 +44,19 @@ def starter(name: str, environment: dict[str, str]) -> Command:
     return run
 
 
+def start(name: str, folder: Path, environment: dict[str, str], *words: str) -> subprocess.Popen[str]:
+    """`python -m covid_cls.<name> *words`, running in `folder` as the head of a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", f"covid_cls.{name}", *words],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
 @pytest.fixture(scope="session")
 def train(environment: dict[str, str]) -> Command:
     """`train` as a user starts it."""

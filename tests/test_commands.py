@@ -20,7 +20,7 @@ from covid_cls.evaluation.operating import frozen_operating
 from covid_cls.evaluation.summary import summarise
 from covid_cls.labels import TASKS
 from covid_cls.records import read_predictions
-from tests.conftest import ROOT, SMALL, Command
+from tests.conftest import ROOT, SMALL, Command, start
 
 REAL = ROOT.parent / "shared"
 FILES = {
@@ -156,14 +156,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_weights(
     # long enough to be caught in time
     words = (*SMALL, "trainer.max_epochs=12", "task=three_class", "logger=none", *more)
     assert train(tmp_path, *words, "output_root=whole").returncode == 0
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "covid_cls.train", *words],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start("train", tmp_path, environment, *words)
     assert process.stdout is not None
     for line in process.stdout:
         if "epoch 2/12" in line:  # the checkpoint of the first is written, or waits to be

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +12,7 @@ import torch
 
 from covid_cls import interrupts
 from covid_cls.interrupts import SIGNALS, Interrupted, deferred, interruptible, received, safe_point
-from tests.conftest import Command
+from tests.conftest import Command, start
 from tests.test_commands import cells, record, weights
 from tests.training.small import SMALL
 
@@ -121,15 +119,7 @@ class Started:
     """`train` in `folder` with these words, in a process group of its own; it has printed `mark`."""
 
     def __init__(self, folder: Path, environment: dict[str, str], mark: str, *words: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "covid_cls.train", *words],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        self.process = start("train", folder, environment, *words)
         assert self.process.stdout is not None
         assert any(mark in line for line in self.process.stdout), self.process.communicate()[1]
 
@@ -164,23 +154,23 @@ def test_a_run_stopped_in_training_and_in_predicting_goes_on_to_the_same_weights
     assert train(tmp_path, *words, "output_root=whole").returncode == 0
     (whole,) = cells(tmp_path / "whole")
 
-    start = Started(tmp_path, environment, "epoch 2/6", *words)  # the checkpoint of the second waits in memory
-    assert start.stopped(signal.SIGTERM, all_processes=False) == (143, [said(signal.SIGTERM)])
+    stopping = Started(tmp_path, environment, "epoch 2/6", *words)  # the checkpoint of the second waits in memory
+    assert stopping.stopped(signal.SIGTERM, all_processes=False) == (143, [said(signal.SIGTERM)])
     (cell,) = cells(tmp_path / "outputs")
     assert (record(cell)["status"], record(cell)["reason"]) == ("interrupted", "SIGTERM")
     assert torch.load(cell / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
 
-    start = Started(tmp_path, environment, "epoch 4/6", *words, "data.workers=2")
-    code, errors = start.stopped(signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, all_processes=True)
+    stopping = Started(tmp_path, environment, "epoch 4/6", *words, "data.workers=2")
+    code, errors = stopping.stopped(signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, all_processes=True)
     assert (code, errors[-1], "Traceback" in str(errors)) == (143, said(signal.SIGUSR1), False)
     assert record(cell)["reason"] == "SIGUSR1"
     last, previous = (cell / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt"))
     before = torch.load(previous, weights_only=True)["epoch"] + 1
     last.write_bytes(last.read_bytes()[:-1])
 
-    start = Started(tmp_path, environment, "epoch 6/6", *words, "probes=true")
+    stopping = Started(tmp_path, environment, "epoch 6/6", *words, "probes=true")
     time.sleep(0.3)
-    code, errors = start.stopped(signal.SIGINT, all_processes=True)
+    code, errors = stopping.stopped(signal.SIGINT, all_processes=True)
     assert (code, errors[-1], "Traceback" in str(errors)) == (130, said(signal.SIGINT), False)
     assert record(cell)["reason"] == "SIGINT"
     assert not (cell / "metrics.json").exists()
@@ -203,9 +193,9 @@ def test_a_command_stopped_before_it_trains_leaves_nothing(
     cache, number = tmp_path / "cache", signal.SIGTERM if images == 36 else signal.SIGINT
     words = [*SMALL, "data.size=1200", "preprocess.crop=1100", f"data.images={images}"]
     mark = f"decoding {images} of {images} images"
-    start = Started(tmp_path, {**environment, "COVID_CLS_CACHE": str(cache)}, mark, *words)
+    stopping = Started(tmp_path, {**environment, "COVID_CLS_CACHE": str(cache)}, mark, *words)
     time.sleep(0.3)
-    assert start.stopped(number, all_processes=True) == (128 + number, [said(number)])
+    assert stopping.stopped(number, all_processes=True) == (128 + number, [said(number)])
     assert not list((cache / "store").glob("*.tmp*"))
     assert not cells(tmp_path)
 
@@ -213,8 +203,8 @@ def test_a_command_stopped_before_it_trains_leaves_nothing(
 def test_all_processes_of_a_distributed_run_end(environment: dict[str, str], tmp_path: Path) -> None:
     small = [word for word in SMALL if word != "trainer=cpu"]
     words = [*small, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_epochs=20"]
-    start = Started(tmp_path, environment, "epoch 2/20", *words, "strategy=fc", "logger=none")
-    assert start.stopped(signal.SIGTERM, all_processes=True) == (143, [said(signal.SIGTERM)])
+    stopping = Started(tmp_path, environment, "epoch 2/20", *words, "strategy=fc", "logger=none")
+    assert stopping.stopped(signal.SIGTERM, all_processes=True) == (143, [said(signal.SIGTERM)])
     (cell,) = cells(tmp_path)
     assert (record(cell)["status"], record(cell)["reason"]) == ("interrupted", "SIGTERM")
     assert torch.load(cell / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] >= 1

@@ -5,8 +5,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +23,7 @@ from covid_cls.errors import InputError
 from covid_cls.labels import TASKS
 from covid_cls.predict import predict as predict_command
 from covid_cls.records import DISCLAIMER, read_predictions
-from tests.conftest import Command, starter
+from tests.conftest import Command, start, starter
 from tests.data.test_dicom import radiograph
 
 TASK = TASKS["binary"]
@@ -162,10 +160,8 @@ def test_ctrl_c_leaves_no_half_table(run: Path, mixed: Path, environment: dict[s
     many.mkdir()
     for k in range(4000):
         os.link(mixed / "d.png", many / f"{k:05}.png")
-    command = [sys.executable, "-m", "covid_cls.predict", ARGMAX, f"model={run}", "input=many", "output=out/table.csv"]
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    words = (ARGMAX, f"model={run}", "input=many", "output=out/table.csv")
+    with start("predict", tmp_path, environment, *words) as process:
         deadline = time.monotonic() + 120
         while not [p for p in (tmp_path / "out").glob(".table.csv.*") if p.stat().st_size]:
             assert process.poll() is None, process.communicate()[1]

@@ -19,7 +19,7 @@ from covid_cls.evaluation.summary import summarise
 from covid_cls.labels import TASKS
 from covid_cls.records import read_predictions, write_json, write_predictions
 from covid_cls.reporting.search import RateSearch, rate_name
-from tests.conftest import Command, starter
+from tests.conftest import Command, start, starter
 
 BINARY = TASKS["binary"]
 OPTIMUM = 1e-3
@@ -200,10 +200,7 @@ def search(environment: dict[str, str]) -> Command:
 def test_a_search_reads_validation_alone_and_goes_on_where_it_was_stopped(
     search: Command, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "covid_cls.search", *WORDS, "search.trials=2"]
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with start("search", tmp_path, environment, *WORDS, "search.trials=2") as process:
         assert process.stdout is not None
         second = next(line for line in process.stdout if line.startswith("[1] $ "))
         os.kill(process.pid, signal.SIGINT)

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import torch
 from covid_cls.errors import InputError
 from covid_cls.records import read_json
 from covid_cls.sweep import Sweep, gpu_slots, run_cell, visible_gpus
-from tests.conftest import Command
+from tests.conftest import Command, start
 from tests.soak.sweep import sweep as soak_sweep
 from tests.test_commands import SMALL, cells, record
 
@@ -170,14 +169,7 @@ def test_a_sweep_names_what_failed_and_does_only_that_again(tmp_path: Path) -> N
 
 def test_a_preempted_job_is_started_again_and_goes_on(environment: dict[str, str], tmp_path: Path) -> None:
     words = [*SMALL, "trainer.max_epochs=40", "callbacks=no_early_stopping", "probes=false", "logger=none", "seed=0"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "covid_cls.train", "-m", "hydra/launcher=submitit_local", *words, "test=false"],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start("train", tmp_path, environment, "-m", "hydra/launcher=submitit_local", *words, "test=false")
     deadline = time.monotonic() + 120
     while not (begun := "epoch 3/40" in printed(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -212,15 +204,7 @@ def two_at_once(environment: dict[str, str], tmp_path: Path) -> Iterator[tuple[s
     """A sweep of three cells, two at a time, both of which have finished an epoch; and its words."""
     words = ["-m", *SMALL, "trainer.max_epochs=40", "callbacks=no_early_stopping", "seed=0,1,2", "strategy=fc"]
     words += ["probes=false", "logger=none", "checkpoint_seconds=0", "hydra.launcher.n_jobs=2"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "covid_cls.train", *words],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = start("train", tmp_path, environment, *words)
     assert process.stdout is not None
     waiting = {"0", "1"}
     for line in process.stdout:

@@ -82,6 +82,6 @@ def code_digest() -> str:
 
 @cache  # hundreds of cells may share one set
 def _data_digest(settings: str) -> str:
-    from covid_cls.training.start import read_data  # torch
+    from covid_cls.training.sections import read_data  # torch
 
     return read_data(json.loads(settings)).digest

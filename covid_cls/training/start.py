@@ -1,10 +1,9 @@
-"""What a fit starts from: the data, and a classifier that is built, frozen, filled with weights and on record."""
+"""What a fit starts from: a classifier that is built, frozen, filled with weights and on record."""
 
 import ctypes
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,34 +11,15 @@ import torch
 
 from covid_cls.data.datamodule import Radiographs
 from covid_cls.data.dataset import check_shares
-from covid_cls.labels import TASKS
 from covid_cls.models.backbones import freeze_report
-from covid_cls.models.losses import Criterion
 from covid_cls.models.prefix import Prefix
-from covid_cls.models.transforms import Augment, Preprocess
 from covid_cls.models.weights import load_pretrained
 from covid_cls.training.classifier import Classifier
 from covid_cls.training.features import feature_note, fixed_views, serve_features
-from covid_cls.training.optim import build_optimizer, build_scheduler
 from covid_cls.training.run import Run
 
 log = logging.getLogger(__name__)
-# The sections of a configuration whose schema is the signature of what takes them.
-SECTIONS: dict[str, Callable[..., Any]] = {
-    "data": Radiographs,
-    "loss": Criterion,
-    "preprocess": Preprocess,
-    "augment": Augment,
-    "optimizer": build_optimizer,
-    "scheduler": build_scheduler,
-}
 _PARTS = ("strategy", "head", "loss", "preprocess", "augment", "optimizer", "scheduler")
-
-
-def read_data(settings: dict[str, Any]) -> Radiographs:
-    """The data of the settings' task, decoded to the size that their augmentation needs."""
-    canvas = Augment(**settings["augment"]).canvas(settings["preprocess"]["crop"])
-    return Radiographs(TASKS[settings["task"]["name"]], canvas, settings["seed"], **settings["data"])
 
 
 def start_classifier(

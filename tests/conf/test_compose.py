@@ -14,7 +14,7 @@ from covid_cls.command import check_section, conf_folder
 from covid_cls.labels import TASKS
 from covid_cls.models.backbones import BACKBONES, STRATEGIES, build_network
 from covid_cls.training.optim import build_optimizer
-from covid_cls.training.start import SECTIONS
+from covid_cls.training.sections import SECTIONS
 
 CONF = conf_folder()
 GROUPS = ("task", "data", "backbone", "strategy", "loss", "augment", "optimizer", "scheduler", "trainer", "logger")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import SMALL
+from tests.conftest import SMALL, start
 
 WORDS = (*SMALL, "images=16", "rounds=1", "epochs=1", "output=result")
 COMMAND = [sys.executable, "-u", "-m", "covid_cls.benchmark"]
@@ -67,15 +67,7 @@ def test_a_fault_of_the_input_is_one_line_and_exit_code_2(environment: dict[str,
 
 @pytest.mark.skipif(os.name != "posix", reason="process groups")
 def test_ctrl_c_leaves_no_process_and_no_file(environment: dict[str, str], tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [*COMMAND, *WORDS, "rounds=1000"],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = start("benchmark", tmp_path, environment, *WORDS, "rounds=1000")
     assert process.stdout is not None
     for line in process.stdout:
         if "round 1/" in line:
