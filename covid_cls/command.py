@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from covid_cls.errors import InputError, listed
+from covid_cls.errors import InputError, NonFiniteError, listed
 from covid_cls.interrupts import Interrupted, interruptible
 from covid_cls.multirun import run_job
 from covid_cls.sweep import Sweep, end_with_sweep
@@ -51,10 +51,10 @@ def run_command(
 ) -> None:
     """Run `task` on the composed configuration and exit: 0 done, 2 the user's input is at fault, 1 anything else.
 
-    A fault of the input is one line on stderr, with a traceback only where HYDRA_FULL_ERROR=1; in a multirun the other
-    jobs go on. finished: gives the folder of a job of which nothing is left to do; with it each job of a multirun is a
-    process of its own, see `multirun.run_job`, of the module that has the configuration's name. Ctrl-C exits with 130
-    and says what was `stopped` with it.
+    A fault of the input, or a training that diverged, is one line on stderr, with a traceback only where
+    HYDRA_FULL_ERROR=1; in a multirun the other jobs go on. finished: gives the folder of a job of which nothing is left
+    to do; with it each job of a multirun is a process of its own, see `multirun.run_job`, of the module that has the
+    configuration's name. Ctrl-C exits with 130 and says what was `stopped` with it.
     """
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # Hydra otherwise prints what goes wrong its own way and exits with 1, whatever it was.
@@ -68,10 +68,10 @@ def run_command(
             return
         try:
             task(cfg)
-        except InputError as error:
+        except (InputError, NonFiniteError) as error:
             if full:
                 raise
-            code = 2
+            code = error.exit_code
             job = f" ({' '.join(HydraConfig.get().overrides.task)})" if _sweeping() else ""
             print(f"error: {error}{job}", file=sys.stderr)
 

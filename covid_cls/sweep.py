@@ -58,10 +58,12 @@ class Sweep:
             print(f"sweep of {len(jobs)} cells: {listed}; {self.folder}", flush=True)
         common = set.intersection(*(set(job["words"]) for job in jobs)) if len(jobs) > 1 else set()
         failed = [job for job in jobs if job["status"] not in ("finished", "stopped", "not started")]
+        said: list[str] = []
         for job in failed:
             words = shlex.join(word for word in job["words"] if word not in common)
             print(f"failed: {words}: {_ending(job)}; {job['log']}", file=sys.stderr)
-            for line in _last_lines(job):
+            before, said = said, _last_lines(job)
+            for line in said if said != before else ["the same"]:
                 print(f"    {line}", file=sys.stderr)
         if len(jobs) > counts["finished"]:
             print("the same command again does only what is left", file=sys.stderr)
@@ -213,9 +215,10 @@ def _any_failed(folder: Path) -> bool:
 
 
 def _last_lines(job: dict[str, Any]) -> list[str]:
-    """The end of a failed cell's output: of a refused one, the line that says why."""
-    lines = Path(job["log"]).read_text(encoding="utf-8", errors="replace").splitlines()
-    return [line[:400] for line in lines[1:] if line.strip()][-1 if job["status"] == "refused" else -4 :]
+    """The end of a failed cell's output: the line that says why, if there is one."""
+    text = Path(job["log"]).read_text(encoding="utf-8", errors="replace")
+    lines = [line[:400] for line in text.splitlines()[1:] if line.strip()]
+    return lines[-1 if lines and lines[-1].startswith("error: ") else -4 :]
 
 
 def _ending(job: dict[str, Any]) -> str:

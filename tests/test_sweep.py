@@ -136,8 +136,11 @@ def test_a_sweep_runs_its_cells_and_goes_on_past_a_fault(train: Command, tmp_pat
     words = ("-m", *SMALL, "trainer.max_epochs=1", "loss=ce,focal", "preprocess.sd=0.2,0.0", "test=false", "name=sweep")
     done = train(tmp_path, *words)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("error: preprocess.sd=0.0: must be above 0") == 2
-    assert "failed: loss=focal preprocess.sd=0.0: exit code 2" in done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith(("failed: ", "    "))]
+    assert said[0].startswith("failed: loss=ce preprocess.sd=0.0: exit code 2; ")
+    assert said[1].startswith("    error: preprocess.sd=0.0: must be above 0")
+    assert said[2].startswith("failed: loss=focal preprocess.sd=0.0: exit code 2; ")
+    assert said[3:] == ["    the same"]
     assert "2 finished, 2 refused" in done.stdout
     found = cells(tmp_path / "outputs" / "sweep")
     assert len(found) == 2

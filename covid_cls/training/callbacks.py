@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, RichProgressBar
 from torch import Tensor
 
+from covid_cls.errors import NonFiniteError
 from covid_cls.training.classifier import Classifier
 
 log = logging.getLogger(__name__)
@@ -35,10 +36,6 @@ def quiet_lightning() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for words in _MEANT:
         warnings.filterwarnings("ignore", message=f".*{re.escape(words)}")
-
-
-class NonFiniteError(RuntimeError):
-    """Training has produced nan or inf; the last checkpoint before it is kept."""
 
 
 class FiniteCheck(Callback):

@@ -19,11 +19,12 @@ from torch import Tensor
 from covid_cls.assemble import build_trainer
 from covid_cls.command import conf_folder, plain
 from covid_cls.data.datamodule import Radiographs
+from covid_cls.errors import NonFiniteError
 from covid_cls.labels import TASKS
 from covid_cls.reporting.data_card import data_card
 from covid_cls.reporting.tensorboard import write_hparams, write_layout
 from covid_cls.reporting.tensorboard_epochs import fixed_cases, grad_cam_panel
-from covid_cls.training.callbacks import EpochHistory, NonFiniteError
+from covid_cls.training.callbacks import EpochHistory
 from covid_cls.training.classifier import Classifier
 from covid_cls.training.start import prepare_fit
 from tests.training.small import compose_small, make_classifier, make_data, snapshot

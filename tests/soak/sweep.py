@@ -54,7 +54,7 @@ class Saboteur:
 
 sys.meta_path.insert(0, Saboteur())
 """
-ENDS = ("RuntimeError: planted", "exit code 3", "killed by SIGKILL", "NonFiniteError")
+ENDS = ("RuntimeError: planted", "exit code 3", "killed by SIGKILL", "became nan or inf")
 
 
 def sweep(rounds: int, folder: Path) -> Outcome:

@@ -10,7 +10,8 @@ import torch
 from pytorch_lightning import Callback
 from torch import Tensor
 
-from covid_cls.training.callbacks import EpochHistory, NonFiniteError
+from covid_cls.errors import NonFiniteError
+from covid_cls.training.callbacks import EpochHistory
 from covid_cls.training.checkpoints import load_classifier, read_checkpoint
 from tests.training.small import compose_small, make_classifier, make_data, make_trainer, snapshot
 
