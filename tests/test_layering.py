@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom to the top; two names in one row do not import each other.
 LAYERS = (
-    {"errors", "interrupts"},
+    {"errors", "interrupts", "machine"},
     {"labels", "records"},
     {"sweep"},
     {"evaluation", "models"},

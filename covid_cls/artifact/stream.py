@@ -1,6 +1,5 @@
 """Images on their way to a table: decoded by threads ahead of the network, scored a batch at a time, in order."""
 
-import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ from covid_cls.artifact.model import UNDECIDED, UNREADABLE, Model, Picture
 from covid_cls.data import header
 from covid_cls.data.limits import BadImage
 from covid_cls.errors import InputError, listed
+from covid_cls.machine import cores
 
 REASONS = {UNREADABLE: "the file cannot be read as a radiograph", **screen.REASONS, **header.REASONS}
 _NAMED = 10  # unreadable images on the console
@@ -57,7 +57,7 @@ def _tables(
     model: Model, named: Iterator[tuple[str, Picture]], threshold: str, batch_size: int, tags: Sequence[str]
 ) -> Iterator[pd.DataFrame]:
     waiting: deque[tuple[list[str], list[Future[_Look]]]] = deque()
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(cores())
     try:
         while True:
             while len(waiting) < _AHEAD and (batch := list(islice(named, batch_size))):

@@ -6,7 +6,6 @@ well; the few nearest are then compared in detail (see `alignment`).
 """
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -24,6 +23,7 @@ from scipy.stats import rankdata
 from covid_cls.audits import alignment
 from covid_cls.audits.alignment import SIDE, WHOLE, Picture, Window, same_picture
 from covid_cls.data.store import read_rows
+from covid_cls.machine import cores
 from covid_cls.records import digest, files_digest, whole_file
 
 Floats = NDArray[np.float32]
@@ -116,7 +116,7 @@ def _exact_pairs(images: NDArray[np.uint8], rows: Indices, hashes: "pd.Series[st
 
 def _near_pairs(images: NDArray[np.uint8], rows: Indices, side: int) -> pd.DataFrame:
     candidates = sorted(_candidates(images, rows, side), key=lambda pair: (pair.whole, pair.part))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # OpenCV works without the interpreter lock
+    with ThreadPoolExecutor(cores()) as pool:  # OpenCV works without the interpreter lock
         compare = partial(_compare, images, rows, side)
         likeness = [value for values in pool.map(compare, _chunks(candidates)) for value in values]
     best: dict[tuple[int, int], tuple[float, str]] = {}

@@ -7,7 +7,6 @@ a model scores above chance it has read from the lungs.
 
 import csv
 import io
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from covid_cls.data.radiograph import (
 )
 from covid_cls.errors import InputError
 from covid_cls.labels import CLASSES, POSITIVE
+from covid_cls.machine import cores
 from covid_cls.records import files_digest, whole_file
 
 Row = tuple[str, str, str, str, str, str]  # in the order of COLUMNS
@@ -61,7 +61,7 @@ def build_phantoms(
             (manifest.parent / kind / label).mkdir(parents=True, exist_ok=True)
     patients = _plan(images, seed)
     strength = shortcut_strength if shortcut == "marker" else None
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a process each would first import the caller, torch and all
+    with ThreadPoolExecutor(cores()) as pool:  # a process each would first import the caller, torch and all
         list(pool.map(lambda k: _draw_patient(manifest.parent, seed, k, patients[k], strength), range(len(patients))))
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows([COLUMNS, *(row for rows in patients for row in rows)])

@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +28,7 @@ from covid_cls.data.limits import BadImage
 from covid_cls.data.readers import read_image
 from covid_cls.errors import InputError, listed
 from covid_cls.interrupts import shielded
+from covid_cls.machine import cores
 from covid_cls.records import digest, file_sha256, files_digest, read_json, whole_file, write_json
 
 log = logging.getLogger(__name__)
@@ -225,10 +227,16 @@ def _run(jobs: list[_Job], images: int) -> Iterator[dict[int, str]]:
         return
     # spawn: forking a process that runs torch's threads can deadlock the child
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn, initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(cores(), mp_context=spawn, initializer=end_with_parent) as pool:
         with shielded():  # map starts the processes
             found = pool.map(_decode_chunk, jobs)
-        yield from found
+        try:
+            yield from found
+        except BrokenProcessPool as error:
+            raise InputError(
+                "a process that decodes images was killed, as the system does where memory runs out: give this job "
+                "more of it, or fewer processors, and start the command again"
+            ) from error
 
 
 def _refuse_second_start() -> None:

@@ -1,7 +1,6 @@
 """A result in words: what was measured on, a table for the console, a section for a Markdown file."""
 
 import datetime
-import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 import covid_cls
+from covid_cls.machine import cores
 from covid_cls.records import whole_file
 
 Rows = list[tuple[str, ...]]
@@ -19,10 +19,9 @@ _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "numpy", "pillow", "op
 
 def surroundings() -> dict[str, Any]:
     """`date` (local, to the second), `hardware` and `versions`, in plain values."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     hardware = {
         "cpu": _cpu_model(),
-        "cores": cores,
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.system(),

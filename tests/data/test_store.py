@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from contextlib import suppress
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from PIL import Image
 from torchvision.transforms import functional
@@ -500,6 +502,7 @@ OPEN = """
 import sys, json, hashlib
 from pathlib import Path
 import pandas as pd
+import psutil
 from covid_cls.data import store
 table_at, hashes_at, cache, log, size = sys.argv[1:]
 build = store._build
@@ -613,6 +616,23 @@ def test_a_killed_build_is_never_trusted(tmp_path: Path, cache: Path, rows: int)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_decoder_that_is_killed_is_named_with_the_remedy(tmp_path: Path, cache: Path) -> None:
+    table = slow_set(tmp_path / "set", 1200)
+    hashes = hash_files(table, cache)
+
+    def kill_one() -> None:
+        while not any(begun(file) for file in (cache / "store").glob("*.tmp*/images.npy")):
+            time.sleep(0.005)
+        next(child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())).kill()
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    with pytest.raises(InputError, match=r"a process that decodes images was killed.*more of it, or fewer processors"):
+        open_store(table, hashes, size=64, canvas=64, cache=cache)
+    killer.join()
+    assert stores(cache) == []
 
 
 def test_a_build_that_fails_leaves_nothing(table: pd.DataFrame, cache: Path) -> None:

@@ -1,6 +1,5 @@
 """Saves that are killed with SIGKILL at any moment, with the temporary folder on another file system."""
 
-import multiprocessing
 import os
 import random
 import tempfile
@@ -14,6 +13,7 @@ import torch
 from covid_cls.errors import InputError
 from covid_cls.records import remove_scratch
 from covid_cls.training.checkpoints import LAST, WholeCheckpointIO, newest_good, read_checkpoint
+from tests.soak.crowd import Member
 from tests.soak.outcome import Outcome
 
 _NUMBERS = 1 << 20  # in a checkpoint, of 4 bytes each
@@ -31,20 +31,16 @@ def saves(rounds: int, folder: Path) -> Outcome:
     if elsewhere is None:
         return Outcome(planted, expected, f"nothing: no file system but that of {folder} was found", False)
     draw, faults, orphans, landed = random.Random(_SEED), [], 0, Counter[str]()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # torch is imported once and not once a kill
     with tempfile.TemporaryDirectory(dir=elsewhere) as temporary:
         for number in range(rounds):
-            reader, writer = context.Pipe(duplex=False)
-            process = context.Process(target=_saver, args=(folder, temporary, writer), daemon=True)
-            process.start()
-            writer.close()
-            found = reader.recv()
-            begun = [reader.recv() for _ in range(draw.randrange(1, 4) * 2 - 1)][-1]
+            saver = Member(_saver, folder, temporary)
+            found = saver.connection.recv()
+            begun = [saver.connection.recv() for _ in range(draw.randrange(1, 4) * 2 - 1)][-1]
             time.sleep(draw.uniform(0, 0.04))  # a save takes about 0.02 s
-            process.kill()
-            process.join()
-            begun, ended = _said(reader, begun)
+            saver.process.kill()
+            saver.process.join()
+            begun, ended = _said(saver.connection, begun)
+            saver.connection.close()
             landed["within a save" if ended < begun else "between saves"] += 1
             left = len([path for path in folder.iterdir() if path.suffix != ".ckpt"])
             orphans += left
@@ -59,7 +55,7 @@ def saves(rounds: int, folder: Path) -> Outcome:
     )
 
 
-def _saver(folder: Path, temporary: str, writer: Connection) -> None:
+def _saver(writer: Connection, folder: Path, temporary: str) -> None:
     """Go on from what is in `folder` as `train` does, and save for ever; says its orphans, then each begin and end."""
     os.environ["TMPDIR"] = temporary
     tempfile.tempdir = None
