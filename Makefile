@@ -45,7 +45,7 @@ bench: env ## how fast the plain loop and covid_cls train, in turn
 simulations: env ## coverage of the intervals and level of the tests; docs/simulations.md keeps the output
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simulations.intervals
 
-soak: env ## kills, damaged files and bad images by the hundred; docs/soak.md keeps the output (half an hour)
+soak: env ## kills, damaged files and bad images by the hundred; docs/soak.md keeps the output (a quarter of an hour)
 	$(BIN)/python -m tests.soak --write
 
 wheel: env ## build dist/*.whl
