@@ -38,7 +38,7 @@ def report(cfg: DictConfig) -> None:
     sweep = collect(runs, command)
     results, omissions = [], list(sweep.omissions)
     for protocol in sweep.protocols:
-        log.info(f"{protocol.name}: {len(protocol.cells)} cells")
+        log.info(f"{protocol.name}: cells: {len(protocol.cells)}")
         result, said = measure(protocol, options)
         results.append(result)
         omissions += said
@@ -51,7 +51,7 @@ def report(cfg: DictConfig) -> None:
         with whole_file(output / name) as file:
             file.write(text.encode())
     lines = [f"{r.protocol.name}: {line}" for r in results for line in r.verdict.lines]
-    left_out = [f"{len(omissions)} entries under Missing and failed"] if omissions else []
+    left_out = [f"Missing and failed: {len(omissions)}"] if omissions else []
     log.info("\n".join([*lines, *left_out, f"results in {output}", DISCLAIMER]))
 
 

@@ -144,7 +144,7 @@ def _facts(sweep: Sweep, results: Sequence[ProtocolResult], about: About) -> lis
     cells = sum(len(r.protocol.cells) for r in results)
     rows += [
         ["openings", f"{opened}; this report is opening {count}."],
-        ["runs", f"{len(runs)} in {cells} cells, ended {_span(runs)}"],
+        ["runs", f"{len(runs)}, cells: {cells}, ended {_span(runs)}"],
         ["devices", ", ".join(sorted({_device(run) for run in runs}))],
         ["versions", _versions(runs)],
     ]
