@@ -209,12 +209,16 @@ def two_at_once(environment: dict[str, str], tmp_path: Path) -> Iterator[tuple[s
     words += ["probes=false", "logger=none", "checkpoint_seconds=0", "hydra.launcher.n_jobs=2"]
     process = start("train", tmp_path, environment, *words)
     assert process.stdout is not None
-    waiting = {"0", "1"}
+    held: list[int] = []
     for line in process.stdout:
-        if "epoch 2/40" in line:
-            waiting.discard(line[1])
-        if not waiting:
+        if "epoch 2/40" in line:  # held there: the other may start so much later that this one would be through
+            held.append(next(job["pid"] for job in jobs(tmp_path) if str(job["job"]) == line[1]))
+            os.kill(held[-1], signal.SIGSTOP)
+        if len(held) == 2:
             break
+    assert len(held) == 2, process.communicate()[1]
+    for pid in held:
+        os.kill(pid, signal.SIGCONT)
     yield process, words
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
@@ -245,8 +249,8 @@ def test_a_killed_sweep_leaves_no_process_running(
     two_at_once: tuple[subprocess.Popen[str], list[str]], tmp_path: Path
 ) -> None:
     process, _ = two_at_once
-    running = [job["pid"] for job in jobs(tmp_path) if job["status"] == "running"]
-    assert len(running) == 2
+    assert [job["status"] for job in jobs(tmp_path)] == ["running", "running"]
+    running = [job["pid"] for job in jobs(tmp_path)]
     process.kill()
     process.wait()
     deadline = time.monotonic() + 60
