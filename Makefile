@@ -43,10 +43,10 @@ bench: env ## how fast the plain loop and covid_cls train, in turn
 	$(BIN)/python -m covid_cls.benchmark backbone=resnet18 strategy=partial
 
 simulations: env ## coverage of the intervals and level of the tests; docs/simulations.md keeps the output
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simulations.intervals
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.simulations.intervals
 
 soak: env ## kills, damaged files and bad images by the hundred; docs/soak.md keeps the output (a quarter of an hour)
-	$(BIN)/python -m tests.soak --write
+	$(BIN)/python -m tools.soak --write
 
 wheel: env ## build dist/*.whl
 	$(BIN)/python -m build --wheel

@@ -19,8 +19,8 @@ from covid_cls.errors import InputError
 from covid_cls.records import read_json
 from covid_cls.sweep import Sweep, gpu_slots, run_cell, visible_gpus
 from tests.conftest import Command, start
-from tests.soak.sweep import sweep as soak_sweep
 from tests.test_commands import SMALL, cells, record
+from tools.soak.sweep import sweep as soak_sweep
 
 # Stands for a command: a process that ends as its first word says.
 CELL = """

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.sequence import Sequence
@@ -29,34 +29,7 @@ from pydicom.uid import (
 
 from covid_cls.data.limits import BadImage
 from covid_cls.data.readers import read_image
-
-SECRET = "SECRET^NAME"
-RAMP = np.linspace(0, 4095, 48 * 64).round().astype(np.uint16).reshape(48, 64)
-RAMP8 = (RAMP // 16).astype(np.uint8)
-
-
-def radiograph(pixels: np.ndarray = RAMP, bits: int = 12, **tags: object) -> Dataset:
-    """A MONOCHROME2 radiograph of `pixels` as stored, with a patient in it; `tags` are added or replace."""
-    image = Dataset()
-    image.file_meta = FileMetaDataset()
-    image.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    image.file_meta.MediaStorageSOPClassUID = UID("1.2.840.10008.5.1.4.1.1.1.1")
-    image.file_meta.MediaStorageSOPInstanceUID = UID("1.2.3")
-    image.SOPClassUID, image.SOPInstanceUID = UID("1.2.840.10008.5.1.4.1.1.1.1"), UID("1.2.3")
-    image.PatientName, image.PatientID, image.PatientBirthDate = SECRET, SECRET, "19500101"
-    image.add_new(0x00091010, "LO", SECRET)
-    image.Rows, image.Columns = pixels.shape[:2]
-    image.SamplesPerPixel = 1 if pixels.ndim == 2 else 3
-    image.PhotometricInterpretation = "MONOCHROME2" if pixels.ndim == 2 else "RGB"
-    if pixels.ndim == 3:
-        image.PlanarConfiguration = 0
-    image.BitsAllocated, image.BitsStored, image.HighBit = pixels.dtype.itemsize * 8, bits, bits - 1
-    image.PixelRepresentation = int(pixels.dtype.kind == "i")
-    image.PixelData = pixels.tobytes()
-    image["PixelData"].VR = "OB" if pixels.dtype.itemsize == 1 else "OW"
-    for tag, value in tags.items():
-        setattr(image, tag, value)
-    return image
+from tools.soak.radiographs import RAMP, RAMP8, SECRET, radiograph, spread
 
 
 def saved(image: Dataset, folder: Path, name: str = "image") -> Path:
@@ -83,10 +56,6 @@ def table(entries: np.ndarray, bits: int, first: int = 0, kind: str = "US") -> S
     item.add_new("LUTDescriptor", kind, [len(entries) % 65536, first, bits])
     item.add_new("LUTData", "OW", entries.astype(np.uint8 if bits == 8 else np.uint16).tobytes())
     return Sequence([item])
-
-
-def spread(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    return np.rint(np.clip((values - low) / (high - low), 0, 1) * 255)
 
 
 @pytest.mark.parametrize(("bits", "dtype"), [(8, np.uint8), (8, np.uint16), (10, np.uint16), (16, np.uint16)])

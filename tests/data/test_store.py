@@ -25,7 +25,7 @@ from covid_cls.data.manifest import read_manifest
 from covid_cls.data.readers import read_image
 from covid_cls.data.store import default_cache, draw_on_canvas, hash_files, mapped_file, open_store, read_rows
 from covid_cls.errors import InputError
-from tests.soak.caches import caches
+from tools.soak.caches import caches
 
 REPOSITORY = Path(__file__).parents[2]
 REAL = REPOSITORY.parent / "shared" / "cxr"

@@ -15,12 +15,12 @@ from covid_cls.data.limits import BadImage
 from covid_cls.data.manifest import read_manifest
 from covid_cls.data.readers import read_image
 from covid_cls.errors import InputError
-from tests.data.test_dicom import RAMP8, radiograph
-from tests.data.test_readers import GOOD
 from tests.data.unreliable import unreliable
-from tests.soak import images, zoo
-from tests.soak.images import MOST_MEMORY, fault_of, read_all, write_manifests
-from tests.soak.zoo import Specimen, plant
+from tools.soak import images, zoo
+from tools.soak.images import MOST_MEMORY, fault_of, read_all, write_manifests
+from tools.soak.pictures import GOOD
+from tools.soak.radiographs import RAMP8, radiograph
+from tools.soak.zoo import Specimen, plant
 
 # pytest sets its own filters, see test_readers.py
 pytestmark = [pytest.mark.filterwarnings(f"ignore:::PIL.{name}") for name in ("Image", "TiffImagePlugin")]

@@ -16,7 +16,7 @@ from covid_cls.evaluation.metrics import decide, overall_scores
 from covid_cls.evaluation.resampling import patient_codes
 from covid_cls.evaluation.summary import truth_and_prob
 from covid_cls.labels import TASKS
-from tests.simulations.intervals import TESTS, Design, count, draw, rejected
+from tools.simulations.intervals import TESTS, Design, count, draw, rejected
 
 BINARY, SOFTMAX = TASKS["binary"], TASKS["three_class"]
 

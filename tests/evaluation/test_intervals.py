@@ -19,7 +19,7 @@ from covid_cls.evaluation.metrics import class_scores, decide, overall_scores
 from covid_cls.evaluation.summary import truth_and_prob
 from covid_cls.labels import TASKS
 from covid_cls.records import prediction_columns
-from tests.simulations.intervals import Design, count, covered, draw, known
+from tools.simulations.intervals import Design, count, covered, draw, known
 
 BINARY, SOFTMAX = TASKS["binary"], TASKS["three_class"]
 ALL_TASKS = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)

@@ -20,10 +20,10 @@ from covid_cls.errors import InputError
 from covid_cls.training.checkpoints import WholeCheckpointIO, load_classifier, newest_good, read_checkpoint
 from covid_cls.training.classifier import Classifier
 from covid_cls.training.predict import predict_split
-from tests.soak.flips import flips
-from tests.soak.outcome import Outcome
-from tests.soak.saves import saves
 from tests.training.small import compose_small, make_classifier, make_data, make_trainer, snapshot
+from tools.soak.flips import flips
+from tools.soak.outcome import Outcome
+from tools.soak.saves import saves
 
 ROOT = Path(__file__).parents[2]
 

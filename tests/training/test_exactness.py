@@ -10,8 +10,8 @@ from covid_cls.cell import train_cell
 from covid_cls.training.checkpoints import read_checkpoint
 from covid_cls.training.run import open_run
 from tests.conftest import Command
-from tests.soak.kills import WORDS, kills
 from tests.training.small import compose_small, make_data
+from tools.soak.kills import WORDS, kills
 
 SHORT = (*WORDS, "trainer.max_epochs=2")
 

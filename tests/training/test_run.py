@@ -23,9 +23,9 @@ from covid_cls.records import read_json
 from covid_cls.training import lock
 from covid_cls.training.identity import cell_name, code_digest
 from covid_cls.training.run import open_run
-from tests.soak.crowd import Member
-from tests.soak.starts import starts
 from tests.training.small import compose_small
+from tools.soak.crowd import Member
+from tools.soak.starts import starts
 
 HOST = socket.gethostname()
 

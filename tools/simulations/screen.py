@@ -1,6 +1,6 @@
 """How often the screen of a finished run flags radiographs, their turned and inverted copies, and other images.
 
-OMP_NUM_THREADS=1 python -m tests.simulations.screen run=CELL [manifest=CSV]... [folder=FOLDER]... >> docs/screen.md
+OMP_NUM_THREADS=1 python -m tools.simulations.screen run=CELL [manifest=CSV]... [folder=FOLDER]... >> docs/screen.md
 
 The screen is fitted anew to the run's training and validation images. run: as for `evaluate`. manifest: radiographs of
 other sets, of which those whose file name or patient the run's own set has are left out. folder: images of any kind.

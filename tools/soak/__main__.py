@@ -1,6 +1,6 @@
 """Provokes the faults that a long sweep meets, many of each, and prints what came of them as one table.
 
-python -m tests.soak [--small] [--write] [kind ...]
+python -m tools.soak [--small] [--write] [kind ...]
 
 kind: some of the names in KINDS; all of them without. --small: a few faults of each. --write: put the table into
 docs/soak.md. The exit code is 1 where a line does not hold.
@@ -20,8 +20,8 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.conftest import ROOT
-from tests.soak.outcome import Outcome
+from tools.soak.commands import ROOT
+from tools.soak.outcome import Outcome
 
 # The name of a module and of its function, with the faults in a whole soak and in a small one.
 KINDS = {
@@ -34,13 +34,13 @@ KINDS = {
     "starts": (50, 8),
 }
 PACKAGES = ("torch", "pytorch-lightning", "torchvision", "hydra-core", "pillow", "filelock", "covid_cls")
-ANCHOR = "<!-- what follows is written by `python -m tests.soak --write` -->\n"
+ANCHOR = "<!-- what follows is written by `python -m tools.soak --write` -->\n"
 
 
 def main(arguments: Sequence[str]) -> int:
     """The exit code, after the table is printed."""
     parser = argparse.ArgumentParser(
-        prog="python -m tests.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--write", action="store_true")
@@ -49,6 +49,8 @@ def main(arguments: Sequence[str]) -> int:
     if unknown := set(wanted.kinds) - set(KINDS):
         parser.error(f"{sorted(unknown)}: no kinds of faults; there are {list(KINDS)}")
     kinds = wanted.kinds or list(KINDS)
+    # Each kind runs several processes; this must be set before torch is imported with the first kind.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     rows = []
     for kind in kinds:
         rounds = KINDS[kind][1 if wanted.small else 0]
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         outcome = provoke(kind, rounds)
         rows.append((outcome, time.monotonic() - start))
         print(f"{kind}: {outcome.seen}; {'held' if outcome.held else 'DID NOT HOLD'}", flush=True)
-    command = " ".join(["python -m tests.soak", *(["--small"] if wanted.small else []), *wanted.kinds])
+    command = " ".join(["python -m tools.soak", *(["--small"] if wanted.small else []), *wanted.kinds])
     text = page(command, rows)
     print("\n" + text)
     if wanted.write:
@@ -70,7 +72,7 @@ def provoke(kind: str, rounds: int) -> Outcome:
     """What came of `rounds` faults of a kind; a soak that breaks down itself is a line that does not hold."""
     with tempfile.TemporaryDirectory(prefix=f"soak-{kind}-") as folder:
         try:
-            outcome: Outcome = getattr(importlib.import_module(f"tests.soak.{kind}"), kind)(rounds, Path(folder))
+            outcome: Outcome = getattr(importlib.import_module(f"tools.soak.{kind}"), kind)(rounds, Path(folder))
         except Exception as error:
             traceback.print_exc()
             return Outcome(f"{rounds} {kind}", "a result", f"broke down: {type(error).__name__}: {error}", False)

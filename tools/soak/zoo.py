@@ -23,9 +23,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from tests.data.test_dicom import RAMP as RAMP12
-from tests.data.test_dicom import RAMP8, radiograph, spread
-from tests.data.test_readers import BAD, GOOD, NOISE, bare_png, chunk, encoded, tiff, turned
+from tools.soak.pictures import BAD, GOOD, NOISE, bare_png, chunk, encoded, tiff, turned
+from tools.soak.radiographs import RAMP as RAMP12
+from tools.soak.radiographs import RAMP8, radiograph, spread
 
 SUFFIXES = (".png", ".jpg", ".tif", ".bmp", ".webp", ".gif", ".dat", "")
 NAMES = (

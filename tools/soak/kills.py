@@ -1,10 +1,8 @@
 """Runs that are killed with SIGKILL at any moment of their life, started again, and compared with one that was not."""
 
 import hashlib
-import os
 import random
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,8 +11,8 @@ import psutil
 
 from covid_cls.records import file_sha256, read_json
 from covid_cls.training.checkpoints import read_checkpoint
-from tests.conftest import ROOT
-from tests.soak.outcome import Outcome
+from tools.soak.commands import command_line, environment
+from tools.soak.outcome import Outcome
 
 EPOCHS, FEW = 16, 4  # of which a run consists, and where it is killed once or twice in all
 # With dropout, batch norm that trains, and a schedule that moves at each step: all that a checkpoint could forget.
@@ -83,18 +81,11 @@ class Start:
     def __init__(self, folder: Path, epochs: int, *words: str) -> None:
         folder.mkdir(exist_ok=True)
         self.folder, self.epochs, self.log = folder, epochs, folder / f"log-{len(list(folder.glob('log-*')))}"
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "COVID_CLS_CACHE": str(folder / "cache"),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-u", "-m", "covid_cls.train", *WORDS, f"trainer.max_epochs={epochs}", *words],
+                command_line("train", *WORDS, f"trainer.max_epochs={epochs}", *words),
                 cwd=folder,
-                env=environment,
+                env=environment(folder),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

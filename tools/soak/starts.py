@@ -9,9 +9,9 @@ from typing import Any
 from covid_cls.errors import InputError
 from covid_cls.records import read_json
 from covid_cls.training.run import open_run
-from tests.soak.crowd import Member, at_once, take
-from tests.soak.outcome import Outcome
-from tests.training.small import compose_small
+from tools.soak.crowd import Member, at_once, take
+from tools.soak.outcome import Outcome
+from tools.soak.training import compose_small
 
 _RECOVERY = 10.0  # seconds from the death of a holder to the next one, with the start of all who ask
 

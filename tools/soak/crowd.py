@@ -9,7 +9,7 @@ from typing import Any
 PATIENCE = 120.0  # seconds for an answer
 _CONTEXT = multiprocessing.get_context("forkserver")
 # There is one such server in a process, with the modules that it was started with: those of all who ask it.
-_CONTEXT.set_forkserver_preload([f"tests.soak.{kind}" for kind in ("saves", "caches", "starts")])
+_CONTEXT.set_forkserver_preload([f"tools.soak.{kind}" for kind in ("saves", "caches", "starts")])
 
 
 class Member:

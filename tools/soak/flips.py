@@ -6,8 +6,8 @@ from pathlib import Path
 
 from covid_cls.errors import InputError
 from covid_cls.training.checkpoints import LAST, PREVIOUS, load_classifier, newest_good, read_checkpoint
-from tests.soak.outcome import Outcome
-from tests.training.small import compose_small, make_classifier, make_data, make_trainer
+from tools.soak.outcome import Outcome
+from tools.soak.training import compose_small, make_classifier, make_data, make_trainer
 
 _SEED = 9
 

@@ -4,8 +4,6 @@ import csv
 import multiprocessing
 import os
 import resource
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,9 +15,9 @@ from covid_cls.data.limits import BadImage
 from covid_cls.data.phantom import build_phantoms
 from covid_cls.data.readers import read_image
 from covid_cls.records import read_json
-from tests.conftest import ROOT
-from tests.soak.outcome import Outcome
-from tests.soak.zoo import Specimen, plant
+from tools.soak.commands import run
+from tools.soak.outcome import Outcome
+from tools.soak.zoo import Specimen, plant
 
 Reader = Callable[[Path], np.ndarray]
 PATIENCE = 5.0  # seconds a file
@@ -161,12 +159,12 @@ def _commands(folder: Path, specimens: list[Specimen], readings: list[Reading]) 
     faults = []
 
     for path, counted in {"manifest.csv": f"{len(lines)} images cannot be used", "odd.csv": f"{odd} faults"}.items():
-        done = _run("train", folder, "data=manifest", f"data.path={root / path}", *SMALL, *BRIEF)
+        done = run("train", folder, "data=manifest", f"data.path={root / path}", *SMALL, *BRIEF)
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]  # libtiff may speak, too
         if done.returncode != 2 or len(errors) != 1 or counted not in errors[0] or "Traceback" in done.stderr:
             faults.append(f"train on {path}: exit code {done.returncode}, {done.stderr[-300:]}")
 
-    done = _run("train", folder, *data, *SMALL, *BRIEF, "data.on_bad_image=quarantine")
+    done = run("train", folder, *data, *SMALL, *BRIEF, "data.on_bad_image=quarantine")
     if done.returncode:
         return [*faults, f"train with on_bad_image=quarantine: exit code {done.returncode}, {done.stderr[-300:]}"]
     (record,) = folder.glob("outputs/zoo/*/run.json")
@@ -176,17 +174,17 @@ def _commands(folder: Path, specimens: list[Specimen], readings: list[Reading]) 
         if row is None or row["line"] != lines.get(path) or not row["reason"]:
             faults.append(f"{path!r} in run.json: {row}, line {lines.get(path)}")
 
-    done = _run("audit", folder, *data, "probes=false", "output=audit")
+    done = run("audit", folder, *data, "probes=false", "output=audit")
     if done.returncode not in (0, 1) or "Traceback" in done.stderr:
         faults.append(f"audit: exit code {done.returncode}, {done.stderr[-300:]}")
     faults += _predictions(folder, record.parent, specimens, refused)
     return faults
 
 
-def _predictions(folder: Path, run: Path, specimens: list[Specimen], refused: set[str]) -> list[str]:
+def _predictions(folder: Path, model: Path, specimens: list[Specimen], refused: set[str]) -> list[str]:
     """What predict did not say of the zoo as a folder: a row for each file, undecided and with a reason if refused."""
-    words = (f"model={run}", f"input={folder / 'set' / 'zoo'}", "threshold=argmax", "output=table.csv")
-    done = _run("predict", folder, *words)
+    words = (f"model={model}", f"input={folder / 'set' / 'zoo'}", "threshold=argmax", "output=table.csv")
+    done = run("predict", folder, *words)
     if done.returncode:
         return [f"predict: exit code {done.returncode}, {done.stderr[-300:]}"]
     with (folder / "table.csv").open(encoding="utf-8", newline="") as file:
@@ -200,23 +198,3 @@ def _predictions(folder: Path, run: Path, specimens: list[Specimen], refused: se
     if len(rows) != len(specimens):
         faults.append(f"{len(rows)} rows in predict's table for {len(specimens)} files")
     return faults
-
-
-def _run(command: str, folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "COVID_CLS_CACHE": str(folder / "cache"),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    return subprocess.run(
-        [sys.executable, "-m", f"covid_cls.{command}", *words],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=900,
-        check=False,
-    )

@@ -2,12 +2,11 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 from covid_cls.records import read_json
-from tests.conftest import ROOT
-from tests.soak.outcome import Outcome
+from tools.soak.commands import ROOT, run
+from tools.soak.outcome import Outcome
 
 WORDS = (
     "-m",
@@ -89,21 +88,15 @@ def told(finished: int, named: int, code: int, started: int, untouched: int, cod
 def start(rounds: int, folder: Path) -> "subprocess.CompletedProcess[str]":
     """The sweep's command, ended."""
     seeds = ",".join(str(seed) for seed in range(rounds))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
-        "FAULTS": str(folder / "faults"),
-        "COVID_CLS_CACHE": str(folder / "cache"),
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "covid_cls.train", *WORDS, f"seed={seeds}", "hydra.launcher.n_jobs=2"],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
+    return run(
+        "train",
+        folder,
+        *WORDS,
+        f"seed={seeds}",
+        "hydra.launcher.n_jobs=2",
         timeout=3600,
-        check=False,
+        PYTHONPATH=f"{folder}{os.pathsep}{ROOT}",
+        FAULTS=str(folder / "faults"),
     )
 
 

@@ -21,9 +21,9 @@ from covid_cls.data import store
 from covid_cls.data.readers import read_image
 from covid_cls.models.prefix import Prefix
 from covid_cls.training import features
-from tests.soak.crowd import Member, at_once, take
-from tests.soak.outcome import Outcome
-from tests.training.small import compose_small, make_classifier, make_data
+from tools.soak.crowd import Member, at_once, take
+from tools.soak.outcome import Outcome
+from tools.soak.training import compose_small, make_classifier, make_data
 
 CROWD = 8
 _SEED = 6

@@ -1,6 +1,6 @@
 """How often intervals cover a known truth and how often equal models are called different, as Markdown.
 
-OMP_NUM_THREADS=1 python -m tests.simulations.intervals [simulations] >> docs/simulations.md
+OMP_NUM_THREADS=1 python -m tools.simulations.intervals [simulations] >> docs/simulations.md
 """
 
 import os

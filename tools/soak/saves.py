@@ -13,8 +13,8 @@ import torch
 from covid_cls.errors import InputError
 from covid_cls.records import remove_scratch
 from covid_cls.training.checkpoints import LAST, WholeCheckpointIO, newest_good, read_checkpoint
-from tests.soak.crowd import Member
-from tests.soak.outcome import Outcome
+from tools.soak.crowd import Member
+from tools.soak.outcome import Outcome
 
 _NUMBERS = 1 << 20  # in a checkpoint, of 4 bytes each
 _SEED = 8
