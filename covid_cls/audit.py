@@ -3,6 +3,7 @@
 import logging
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,5 +77,10 @@ def audit_collection(data: "Collection", *, probes: bool, probe_folds: int, seed
     return Audit(data, found + probe_findings(scores), pairs, known, scores, notes, sources)
 
 
+def main(words: Sequence[str]) -> int:
+    """Run the command on the words of its command line; return the exit code."""
+    return run_command(audit, "audit", words)
+
+
 if __name__ == "__main__":
-    run_command(audit, "audit")
+    sys.exit(main(sys.argv[1:]))

@@ -2,6 +2,8 @@
 
 import logging
 import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,5 +93,10 @@ def _own(override: str) -> bool:
     return key.partition(".")[0] in KEYS or key in _REPLACED
 
 
+def main(words: Sequence[str]) -> int:
+    """Run the command on the words of its command line; return the exit code."""
+    return run_command(benchmark, "benchmark", words, stopped="nothing was written")
+
+
 if __name__ == "__main__":
-    run_command(benchmark, "benchmark", stopped="nothing was written")
+    sys.exit(main(sys.argv[1:]))

@@ -1,20 +1,24 @@
 """What every command shares: composing its configuration, exit codes, and errors a user can act on."""
 
+import copy
 import inspect
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
 from typing import Any, TextIO, Union, get_args, get_origin
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import configure_log
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from covid_cls.errors import InputError, NonFiniteError, listed
@@ -46,40 +50,40 @@ def conf_folder() -> Path:
 def run_command(
     task: Callable[[DictConfig], None],
     config_name: str,
+    words: Sequence[str],
     stopped: str = "before its results were whole",
     finished: Callable[[DictConfig], Path | None] | None = None,
-) -> None:
-    """Run `task` on the composed configuration and exit: 0 done, 2 the user's input is at fault, 1 anything else.
+) -> int:
+    """Run `task` on the configuration that the words of a command line describe.
 
-    A fault of the input, or a training that diverged, is one line on stderr, with a traceback only where
-    HYDRA_FULL_ERROR=1; in a multirun the other jobs go on. finished: gives the folder of a job of which nothing is left
-    to do; with it each job of a multirun is a process of its own, see `multirun.run_job`, of the module that has the
-    configuration's name. Ctrl-C exits with 130 and says what was `stopped` with it.
+    An error of the input, or a training that diverged, is one line on stderr; the traceback is shown only if
+    HYDRA_FULL_ERROR=1. In a multirun the other jobs go on.
+
+    Args:
+        task: The command's function; it takes the composed configuration without Hydra's own section.
+        config_name: The main file of conf/, and the name of the module that a job of a multirun runs.
+        words: What follows `python -m covid_cls.<command>`: overrides, and options such as --help or -m.
+        stopped: What to tell the user whose signal ended the command.
+        finished: Returns the folder of a job of which nothing is left to do. With it each job of a multirun is a
+            process of its own, see `multirun.run_job`.
+
+    Returns:
+        The exit code: 0 done, 2 the input is at fault, 130 or 143 stopped by a signal, 1 anything else.
     """
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    # Hydra otherwise prints what goes wrong its own way and exits with 1, whatever it was.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
     code = 0
-
-    def guarded(cfg: DictConfig) -> None:
-        nonlocal code
-        if finished is not None and _sweeping():
-            run_job(f"covid_cls.{config_name}", cfg, full, finished)
-            return
-        try:
-            task(cfg)
-        except (InputError, NonFiniteError) as error:
-            if full:
-                raise
-            code = error.exit_code
-            job = f" ({' '.join(HydraConfig.get().overrides.task)})" if _sweeping() else ""
-            print(f"error: {error}{job}", file=sys.stderr)
-
     end_with_sweep()
     check_compositions()
     try:
         with interruptible():
-            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(guarded)()
+            cfg = _single_run(config_name, words)
+            if cfg is None:
+                code = _run_with_hydra(task, config_name, words, full, finished)
+            else:
+                with _as_hydra_job(cfg) as job:
+                    code = _guarded(task, job, full)
+    except SystemExit as end:  # of --help, and of a task that has printed why it failed
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except (HydraException, OmegaConfBaseException) as error:
         if full or isinstance(error, InstantiationException):  # Hydra's word for whatever a constructor raised
             raise
@@ -94,7 +98,82 @@ def run_command(
             raise
         traceback.print_exc()  # of a launcher; what became of its cells is listed all the same
         code = 1
-    sys.exit((Sweep.current.close() if Sweep.current else 0) or code)
+    return (Sweep.current.close() if Sweep.current else 0) or code
+
+
+def _single_run(config_name: str, words: Sequence[str]) -> DictConfig | None:
+    """Return the configuration of a single run, composed once; None if Hydra's own command line is needed.
+
+    That is the case for options (--help, -m, --config-dir) and for sweeps. For a single run `hydra.main` would compose
+    the configuration twice: the first time only to learn that it is no sweep.
+    """
+    if any(word.startswith("-") for word in words):
+        return None
+    if any(override.is_sweep_override() for override in OverridesParser.create().parse_overrides(list(words))):
+        return None
+    with hydra.initialize_config_dir(str(conf_folder()), job_name=config_name, version_base="1.3"):
+        cfg = hydra.compose(config_name, list(words), return_hydra_config=True)
+    return None if cfg.hydra.mode == RunMode.MULTIRUN else cfg
+
+
+@contextmanager
+def _as_hydra_job(cfg: DictConfig) -> Iterator[DictConfig]:
+    """Set up HydraConfig and logging as Hydra does for a job; yields the configuration without Hydra's section."""
+    before = HydraConfig.instance().cfg
+    with open_dict(cfg):
+        cfg.hydra.mode = RunMode.RUN
+        cfg.hydra.runtime.output_dir = str(Path(cfg.hydra.run.dir).resolve())
+    HydraConfig.instance().set_config(cfg)
+    try:
+        configure_log(cfg.hydra.job_logging, cfg.hydra.verbose)
+        job = copy.deepcopy(cfg)
+        with read_write(job), open_dict(job):
+            del job["hydra"]
+        yield job
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+def _run_with_hydra(
+    task: Callable[[DictConfig], None],
+    config_name: str,
+    words: Sequence[str],
+    full: bool,
+    finished: Callable[[DictConfig], Path | None] | None,
+) -> int:
+    """Let Hydra's own command line run `task`, once or for each job of a multirun; return the exit code."""
+    code = 0
+
+    def job(cfg: DictConfig) -> None:
+        nonlocal code
+        if finished is not None and _sweeping():
+            run_job(f"covid_cls.{config_name}", cfg, full, finished)
+        else:
+            code = _guarded(task, cfg, full) or code
+
+    main = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(job)
+    before = sys.argv, os.environ.get("HYDRA_FULL_ERROR", "0")
+    # Hydra reads its words from sys.argv. Without full errors it would print what goes wrong its own way and exit
+    # with 1, whatever it was.
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = [sys.argv[0], *words], "1"
+    try:
+        main()
+    finally:
+        sys.argv, os.environ["HYDRA_FULL_ERROR"] = before
+    return code
+
+
+def _guarded(task: Callable[[DictConfig], None], cfg: DictConfig, full: bool) -> int:
+    """Run `task` and return the exit code; an error of the input becomes one line on stderr unless `full`."""
+    try:
+        task(cfg)
+    except (InputError, NonFiniteError) as error:
+        if full:
+            raise
+        job = f" ({' '.join(HydraConfig.get().overrides.task)})" if _sweeping() else ""
+        print(f"error: {error}{job}", file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -123,10 +202,28 @@ def check_section(name: str, constructor: Callable[..., Any], section: dict[str,
             raise InputError(f"{name}.{key}={value}: expected {getattr(hint, '__name__', hint)}")
 
 
-def existing_folder(name: str, output_root: str) -> Path:
-    """The folder `name`, from here or else from the output root; as from here where neither is there."""
-    here, below = Path(name).expanduser(), Path(output_root).expanduser() / name
-    return below if below.is_dir() and not here.is_dir() else here
+def existing_folder(settings: dict[str, Any], name: str) -> Path:
+    """Return the folder that the setting `name` gives, relative to the working directory or else to output_root.
+
+    Called before the libraries that would use the folder are imported, which takes seconds.
+
+    Raises:
+        InputError: There is no such folder in either place.
+    """
+    root = Path(settings["output_root"]).expanduser()
+    given = Path(str(settings[name])).expanduser()
+    for folder in (given, root / given):
+        if folder.is_dir():
+            return folder
+    raise InputError(f"{name}={given}: no such folder (looked in {Path.cwd()} and in {root}); correct the path")
+
+
+def existing_file(settings: dict[str, Any], name: str) -> Path:
+    """Return the file that the setting `name` gives. Raises InputError if there is none."""
+    path = Path(str(settings[name])).expanduser()
+    if not path.is_file():
+        raise InputError(f"{name}={path}: no such file (looked in {Path.cwd()}); correct the path")
+    return path
 
 
 def check_paths(settings: dict[str, Any], *names: str) -> None:

@@ -2,6 +2,8 @@
 
 import logging
 import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ def explain(cfg: DictConfig) -> None:
     """Explain the images that `cfg` names; a page, pictures, a table and a record in `output`."""
     settings = plain(cfg)
     _check_subject(settings)
+    folder = existing_folder(settings, "model" if settings["run"] is None else "run")
     # Imported late: --help and a misspelt key need no torch.
     from covid_cls.artifact.model import load
     from covid_cls.reporting.explain_page import text_lines, write_explained
@@ -29,7 +32,6 @@ def explain(cfg: DictConfig) -> None:
     chosen = {name: settings[name] for name in Options._fields}
     check_section("explain", Options, chosen)
     options = Options(**chosen)
-    folder = existing_folder(settings["model"] or settings["run"], settings["output_root"])
     model = load(folder, settings["device"])
     model.cut(options.threshold)
     check_options(options, model.task)
@@ -60,5 +62,10 @@ def _images(settings: dict[str, Any], folder: Path, command: str) -> tuple["pd.D
     return split_images(folder, settings["split"], command), f"the run's own {settings['split']} split"
 
 
+def main(words: Sequence[str]) -> int:
+    """Run the command on the words of its command line; return the exit code."""
+    return run_command(explain, "explain", words)
+
+
 if __name__ == "__main__":
-    run_command(explain, "explain")
+    sys.exit(main(sys.argv[1:]))

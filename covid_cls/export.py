@@ -4,6 +4,7 @@ import logging
 import math
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,16 +26,17 @@ _MOST_IMAGES = 32
 
 def export(cfg: DictConfig) -> None:
     """Write the model that `cfg` names to `output`, unless what is to be written scores otherwise than the model."""
-    # Imported late: --help and a misspelt key need no torch.
+    settings = plain(cfg)
+    check_paths(settings, *(name for name in ("model", "input", "output") if settings[name] is not None))
+    folder = existing_folder(settings, "model")
+    # Imported late: --help, a misspelt key and a missing folder need no torch.
     from covid_cls.artifact import exported
     from covid_cls.artifact.model import load
 
-    settings = plain(cfg)
     kind = settings["format"]
     if kind not in exported.FORMATS:
         raise InputError(f"format={kind}: unknown; one of {listed(list(exported.FORMATS))}")
-    check_paths(settings, *(name for name in ("model", "input", "output") if settings[name] is not None))
-    model = load(existing_folder(settings["model"], settings["output_root"]), "cpu")
+    model = load(folder, "cpu")
     name = Path(model.record["name"]).name + exported.FORMATS[kind]
     output = Path(settings["output"] or Path(settings["output_root"]) / "exports" / name).expanduser()
     if output.is_dir() or output.resolve().parent == model.folder.resolve():
@@ -92,5 +94,10 @@ def _log_speed(ours: "Run", theirs: "Run", kind: str) -> None:
         log.info("  batch of %d: covid_cls %.1f, %s file %.1f", batch, speed.model, kind, speed.exported)
 
 
+def main(words: Sequence[str]) -> int:
+    """Run the command on the words of its command line; return the exit code."""
+    return run_command(export, "export", words)
+
+
 if __name__ == "__main__":
-    run_command(export, "export")
+    sys.exit(main(sys.argv[1:]))

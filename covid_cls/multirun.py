@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from covid_cls.errors import InputError
 from covid_cls.records import write_json
@@ -24,11 +25,16 @@ class SweepStart(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Open the sweep's folder, and share out the GPUs where its jobs run on this machine."""
-        here = "joblib" in config.hydra.launcher._target_.lower()  # a cluster gives each job its GPUs itself
+        launcher = config.hydra.launcher
+        here = "joblib" in launcher._target_.lower()  # a cluster gives each job its GPUs itself
         try:
             gpus = gpu_slots(config.trainer, config.sweep.jobs_per_gpu) if here else []
-        except InputError:  # here it would be a mere warning; the launcher asks the same for its n_jobs
-            return
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)  # Hydra makes a mere warning of any other exception of a callback
+        if here and launcher.n_jobs == 0:
+            with read_write(launcher):
+                launcher.n_jobs = max(1, len(gpus))
         Sweep(Path(config.hydra.sweep.dir), gpus)
 
 
@@ -60,12 +66,6 @@ def this_start() -> str:
     return f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{socket.gethostname()}-{os.getpid()}"
 
 
-def cells_at_once(trainer: DictConfig, jobs_per_gpu: int) -> int:
-    """How many cells a machine runs at a time: one for each of `gpu_slots`, or one."""
-    return max(1, len(gpu_slots(trainer, jobs_per_gpu)))
-
-
-OmegaConf.register_new_resolver("cells_at_once", cells_at_once, replace=True)
 OmegaConf.register_new_resolver("this_start", this_start, use_cache=True, replace=True)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,18 +21,19 @@ log = logging.getLogger(__name__)
 
 def predict(cfg: DictConfig) -> None:
     """Write a row per image of `input` to `output`, and a summary to the console."""
-    # Imported late: --help and a misspelt key need no torch.
+    settings = plain(cfg)
+    check_paths(settings, "model", "input")
+    folder = existing_folder(settings, "model")
+    # Imported late: --help, a misspelt key and a missing folder need no torch.
     from covid_cls.artifact.model import load
     from covid_cls.artifact.stream import predict_pictures
     from covid_cls.data.inputs import find_inputs
 
-    settings = plain(cfg)
-    check_paths(settings, "model", "input")
     options = {name: settings[name] for name in ("threshold", "batch_size", "dicom_tags")}
     check_section("predict", predict_pictures, options)
     files = find_inputs(settings["input"])
     output = _output(settings, files)
-    model = load(existing_folder(settings["model"], settings["output_root"]), settings["device"])
+    model = load(folder, settings["device"])
     tally = _write(output, model, files, options)
     log.info("\n".join([*_summary(tally, model, settings["threshold"]), f"table in {output}", DISCLAIMER]))
 
@@ -79,5 +81,10 @@ def _output(settings: dict[str, Any], files: list[tuple[str, Path]]) -> Path:
     return output
 
 
+def main(words: Sequence[str]) -> int:
+    """Run the command on the words of its command line; return the exit code."""
+    return run_command(predict, "predict", words)
+
+
 if __name__ == "__main__":
-    run_command(predict, "predict")
+    sys.exit(main(sys.argv[1:]))

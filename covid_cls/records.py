@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-import pandas as pd
-
 from covid_cls.errors import InputError
 
-if TYPE_CHECKING:  # evaluation reads this module and must not pull in torch
+if TYPE_CHECKING:  # every command imports this module: --help and a misspelt key need neither pandas nor torch
+    import pandas as pd
     from torch import Tensor
 
 DISCLAIMER = "Research use, not for diagnosis."
+MODEL = "model"  # in a run's folder: what a colleague needs to use its network
 LEDGER = "openings.csv"  # in a run's folder: each time its test predictions were opened, rerun or not
 _SCRATCH = ".part"  # the end of the name under which a file is written
 ID_COLUMNS = ("image_id", "patient_id", "source", "split", "fold", "label")
@@ -52,6 +52,8 @@ def write_predictions(table: pd.DataFrame, path: Path) -> None:
 
 def read_predictions(path: Path, classes: Sequence[str]) -> pd.DataFrame:
     """A predictions table: ids as text, scores as float64. InputError where it is none or lacks a column."""
+    import pandas as pd
+
     types = {name: "string" if name in ID_COLUMNS else "float64" for name in prediction_columns(classes)}
     empty = {name: [""] for name in types if name == "fold" or name not in ID_COLUMNS}  # a NaN score is written as ""
     try:

@@ -1,9 +1,9 @@
 """python -m covid_cls.search: the learning rate of a cell, chosen by validation scores alone."""
 
 import logging
-import os
 import shlex
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from covid_cls.reporting.search import RateSearch
 
 log = logging.getLogger(__name__)
-_FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR", "0")  # of the cells: `run_command` sets it for Hydra's own sake
 
 
 def search(cfg: DictConfig) -> None:
@@ -74,7 +73,6 @@ def _try_rates(rates: "RateSearch", slots: list[str], name: str, words: list[str
 
     sweep, left, ended = Sweep(rates.folder / "starts" / this_start(), slots), rates.left, False
     options = cell_options(HydraConfig.get(), "covid_cls.search")
-    os.environ["HYDRA_FULL_ERROR"] = _FULL_ERROR
 
     def try_next(_: int) -> None:
         nonlocal ended
@@ -95,5 +93,10 @@ def _try_rates(rates: "RateSearch", slots: list[str], name: str, words: list[str
         sys.exit(code)
 
 
+def main(words: Sequence[str]) -> int:
+    """Run the command on the words of its command line; return the exit code."""
+    return run_command(search, "search", words, stopped="the same command goes on")
+
+
 if __name__ == "__main__":
-    run_command(search, "search", stopped="the same command goes on")
+    sys.exit(main(sys.argv[1:]))

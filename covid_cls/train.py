@@ -1,6 +1,8 @@
 """python -m covid_cls.train: trains one cell of the grid, or with -m all of them."""
 
 import logging
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -60,5 +62,11 @@ def finished(cfg: DictConfig) -> Path | None:
     return None if settings["rerun"] else finished_folder(settings, str(settings["name"] or recipe() or "*"))
 
 
+def main(words: Sequence[str]) -> int:
+    """Run the command on the words of its command line; return the exit code."""
+    stopped = "the same command goes on from the last finished epoch"
+    return run_command(train, "train", words, stopped=stopped, finished=finished)
+
+
 if __name__ == "__main__":
-    run_command(train, "train", stopped="the same command goes on from the last finished epoch", finished=finished)
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""`python -m covid_cls.evaluate` as a user starts it: in a subprocess, from another folder."""
+"""`evaluate` on finished runs, other images and predictions of unknown origin: what it prints and leaves behind."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from covid_cls.evaluation.predictions import read_scores
 from covid_cls.evaluation.summary import summarise
 from covid_cls.labels import TASKS
 from covid_cls.records import DISCLAIMER, write_predictions
-from tests.conftest import Command, starter, trained_run
+from tests.conftest import Command, FinishedRuns, command
 from tests.evaluation.test_assessment import cohort
 
 FEW = "resamples=200"
@@ -31,22 +31,14 @@ FIGURES = ("confusion", "decision_curve", "precision_recall", "reliability", "ro
 @pytest.fixture(scope="module")
 def evaluate(environment: dict[str, str]) -> Command:
     """`python -m covid_cls.evaluate *words`, started in `folder`."""
-    return starter("evaluate", environment)
-
-
-@pytest.fixture(scope="module")
-def trained(train: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run on phantoms; not to be changed."""
-    return trained_run(train, tmp_path_factory.mktemp("trained"), "task=three_class")
+    return command("evaluate", environment)
 
 
 @pytest.fixture
-def cell(trained: Path, tmp_path: Path) -> Path:
-    """A copy of the run, below outputs, that a test may change, without what was frozen and without a look at test."""
-    copy = tmp_path / "outputs" / "phantom" / "cell"
-    shutil.copytree(trained, copy)
-    for made in ("operating.json", "openings.csv"):
-        (copy / made).unlink(missing_ok=True)
+def cell(finished_runs: FinishedRuns, tmp_path: Path) -> Path:
+    """A run below outputs that a test may change, whose thresholds are not fitted and whose test split is unread."""
+    copy = finished_runs.copy(tmp_path, "task=three_class").rename(tmp_path / "outputs" / "phantom" / "cell")
+    (copy / "operating.json").unlink(missing_ok=True)
     return copy
 
 
@@ -180,7 +172,8 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("", "give one of run=FOLDER, model=FOLDER with data=, and predictions=FILE.csv"),
         ("run=a predictions=b.csv", "give one of run=FOLDER, model=FOLDER with data=, and predictions=FILE.csv"),
-        ("predictions=absent.csv", "absent.csv: cannot be read (No such file or directory)"),
+        ("predictions=absent.csv", "predictions=absent.csv: no such file (looked in "),
+        ("predictions=good.csv validation=absent.csv", "validation=absent.csv: no such file (looked in "),
         ("predictions=good.csv validation=good.csv", "good.csv: 60 images are in good.csv too"),
         ("predictions=good.csv data=phantom", "data= does not go with predictions="),
         ("run=unfinished task=binary", "task= does not go with run="),
@@ -204,7 +197,8 @@ def test_a_fault_of_the_input_is_named_before_anything_is_written(words: str, me
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("run=nowhere", "run=nowhere: no run.json there"),
+        ("run=nowhere", "run=nowhere: no such folder (looked in "),
+        ("run=.", "run=.: no run.json there"),
         ("run=unfinished", "unfinished/run.json: the run is running, not finished"),
         ("predictions=broken.csv", "broken.csv, label: 'flu' on line 2"),
         ("resample=10", "Could not override 'resample'"),

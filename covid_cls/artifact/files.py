@@ -21,7 +21,6 @@ from covid_cls.models.transforms import Preprocess
 from covid_cls.records import file_sha256, whole_file, write_json
 
 SCHEMA = 1
-MODEL = "model"  # the folder in that of a run
 WEIGHTS, RECORD, CARD = "model.safetensors", "model.json", "MODEL_CARD.md"
 _LARGEST_RECORD = 2_000_000  # bytes; a record has some 10,000
 _LARGEST_SIDE = 4096

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from covid_cls.artifact.files import MODEL, read_artifact
+from covid_cls.artifact.files import read_artifact
 from covid_cls.artifact.screen import Screen
 from covid_cls.data.limits import BadImage
 from covid_cls.data.readers import grey_of, read_image
@@ -20,6 +20,7 @@ from covid_cls.evaluation.calibration import calibrated
 from covid_cls.evaluation.metrics import decide
 from covid_cls.evaluation.operating import decide_at
 from covid_cls.models.scorer import Scorer
+from covid_cls.records import MODEL
 
 UNDECIDED = "undecided"
 UNREADABLE = "unreadable"

@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from covid_cls.artifact import screen
-from covid_cls.artifact.files import MODEL, read_record, update_record, write_artifact
+from covid_cls.artifact.files import read_record, update_record, write_artifact
 from covid_cls.data.datamodule import Radiographs
 from covid_cls.evaluation.intervals import score_intervals
 from covid_cls.evaluation.operating import frozen_operating
+from covid_cls.evaluation.predictions import without_nan
 from covid_cls.evaluation.resampling import patient_codes
-from covid_cls.evaluation.summary import without_nan
 from covid_cls.labels import POSITIVE, Task
 from covid_cls.models.scorer import Scorer
-from covid_cls.records import digest, files_digest, read_predictions, whole_file
+from covid_cls.records import MODEL, digest, files_digest, read_predictions, whole_file
 
 _VIEW = ("size", "crop", "mean", "sd", "seen")  # what decides the network's input
 INTENDED_USE = (

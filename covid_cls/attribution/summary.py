@@ -13,8 +13,8 @@ from covid_cls.evaluation.intervals import (
     paired_difference,
     resampled_interval,
 )
+from covid_cls.evaluation.predictions import without_nan
 from covid_cls.evaluation.resampling import patient_codes, patient_weights
-from covid_cls.evaluation.summary import without_nan
 from covid_cls.labels import Task
 
 MUST_CHANGE = 0.9  # share of the maps; below it, none is shown

@@ -26,8 +26,8 @@ from covid_cls.evaluation.intervals import (
 )
 from covid_cls.evaluation.metrics import Floats, Indices, confusion, decide, overall_scores
 from covid_cls.evaluation.operating import PREVALENCES, decide_at, decision_curve, predictive_values
+from covid_cls.evaluation.predictions import truth_and_prob, without_nan
 from covid_cls.evaluation.resampling import patient_codes, patient_weights, weighted_scores
-from covid_cls.evaluation.summary import truth_and_prob, without_nan
 from covid_cls.evaluation.verdict import CONFOUNDED, source_association
 from covid_cls.labels import POSITIVE, Task
 

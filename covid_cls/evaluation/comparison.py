@@ -29,8 +29,8 @@ from covid_cls.evaluation.intervals import (
     standard_error,
 )
 from covid_cls.evaluation.metrics import Floats, Indices, decide
+from covid_cls.evaluation.predictions import truth_and_prob
 from covid_cls.evaluation.resampling import patient_codes, patient_weights, weighted_scores
-from covid_cls.evaluation.summary import truth_and_prob
 from covid_cls.labels import POSITIVE, Task
 
 _LESS_IS_BETTER = ("nll", "brier")

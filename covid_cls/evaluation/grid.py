@@ -23,8 +23,8 @@ from covid_cls.evaluation.intervals import (
     resampled_interval,
 )
 from covid_cls.evaluation.metrics import Floats, decide
+from covid_cls.evaluation.predictions import truth_and_prob
 from covid_cls.evaluation.resampling import patient_codes, weighted_scores
-from covid_cls.evaluation.summary import truth_and_prob
 from covid_cls.labels import Task
 
 

@@ -12,8 +12,8 @@ import pandas as pd
 from scipy.stats import binomtest, t
 
 from covid_cls.evaluation.metrics import Floats, Indices, decide, positives
+from covid_cls.evaluation.predictions import truth_and_prob
 from covid_cls.evaluation.resampling import patient_codes, patient_weights, weighted_scores
-from covid_cls.evaluation.summary import truth_and_prob
 from covid_cls.labels import POSITIVE, Task
 
 _PROPORTIONS = {"accuracy", "sensitivity", "specificity", "ppv", "npv"}

@@ -15,9 +15,8 @@ from sklearn.metrics import roc_curve
 from covid_cls.errors import InputError
 from covid_cls.evaluation.calibration import calibrated, fit_temperature, logits
 from covid_cls.evaluation.metrics import Floats, Indices
-from covid_cls.evaluation.predictions import read_scores
+from covid_cls.evaluation.predictions import read_scores, truth_and_prob, without_nan
 from covid_cls.evaluation.resampling import patient_codes
-from covid_cls.evaluation.summary import truth_and_prob, without_nan
 from covid_cls.labels import POSITIVE, Task
 from covid_cls.records import read_json, write_json
 

@@ -1,17 +1,21 @@
 """Predictions from any hand: a CSV with as little as image_id, label and prob_<class>, and a finished run's folder."""
 
+from __future__ import annotations
+
+import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
-from scipy.special import expit, softmax
 
 from covid_cls.errors import InputError, listed
-from covid_cls.evaluation.metrics import Floats
-from covid_cls.evaluation.summary import truth_and_prob
 from covid_cls.labels import CLASSES, TASKS, Task, canonical
 from covid_cls.records import ID_COLUMNS, prediction_columns, read_json
+
+if TYPE_CHECKING:  # a table is read, and refused, before the statistics libraries are imported
+    from covid_cls.evaluation.metrics import Floats, Indices
 
 _SMALLEST = 1e-12  # a probability of 0 has no logarithm
 
@@ -58,6 +62,36 @@ def read_scores(path: Path, task: Task | None = None) -> Predictions:
     return Predictions(table, task, notes)
 
 
+def truth_and_prob(table: pd.DataFrame, task: Task, name: str = "predictions") -> tuple[Indices, Floats]:
+    """Class indices (N,) and probabilities (N, K) in the task's order, from a table found sound.
+
+    name: of the table in messages, best its file. InputError names the fault, the lines of the CSV file (the header is
+    line 1) and the remedy: missing columns, no rows, an image scored twice, an unknown label, a score that is no
+    finite number, a probability outside [0, 1], or, for a softmax, a row whose probabilities do not sum to 1 within
+    1e-3.
+    """
+    missing = [column for column in prediction_columns(task.classes) if column not in table.columns]
+    if missing:
+        raise InputError(f"{name}: columns {missing} are missing; task {task.name} needs them")
+    if table.empty:
+        raise InputError(f"{name}: the table has no rows; score at least one image")
+    ids, labels = table["image_id"], table["label"]
+    _refuse(name, ids, ids.duplicated(), "an earlier line has it already; keep one line per image")
+    _refuse(name, labels, ~labels.isin(task.classes), f"task {task.name} knows {', '.join(task.classes)}")
+    for label in task.classes:
+        _finite(name, table[f"logit_{label}"])
+    prob = np.column_stack([_finite(name, table[f"prob_{label}"]) for label in task.classes])
+    for label, column in zip(task.classes, prob.T, strict=True):
+        outside = (column < 0) | (column > 1)
+        _refuse(name, table[f"prob_{label}"], outside, "a probability lies in [0, 1]; is this a logit?")
+    if not task.multilabel:
+        total = pd.Series(prob.sum(axis=1).round(6), name="sum of probabilities")
+        remedy = f"it is 1 in task {task.name}; are these another task's predictions?"
+        _refuse(name, total, np.abs(total - 1) > 1e-3, remedy)
+    index = {name: k for k, name in enumerate(task.classes)}
+    return np.array([index[label] for label in table["label"]], dtype=np.int64), prob
+
+
 def finished_run(folder: Path) -> tuple[dict[str, Any], Task]:
     """The run.json of a finished run and its task. InputError where the folder is no run or a run has not finished."""
     if not (folder / "run.json").is_file():
@@ -77,6 +111,15 @@ def refuse_shared(val: pd.DataFrame, table: pd.DataFrame, val_path: Path, path: 
     shared = sorted(set(val["image_id"]) & set(table["image_id"]))
     if shared:
         raise InputError(f"{val_path}: {len(shared)} images are in {path} too: {listed(shared, 5)}; validate on others")
+
+
+def without_nan(value: Any) -> Any:
+    """`value`, plain dicts and lists, with None for each float that is nan: what JSON can hold."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _columns(kind: str, task: Task) -> list[str]:
@@ -112,9 +155,24 @@ def _task_of(table: pd.DataFrame, path: Path) -> Task:
 
 
 def _agree(logit: Floats, prob: Floats, task: Task) -> bool:
+    from scipy.special import expit, softmax
+
     return bool(np.abs((expit(logit) if task.multilabel else softmax(logit, axis=1)) - prob).max() <= 1e-3)
 
 
 def _logit_of(prob: Floats, task: Task) -> Floats:
     clipped = np.clip(prob, _SMALLEST, 1 - _SMALLEST if task.multilabel else 1)
     return np.log(clipped) - (np.log1p(-clipped) if task.multilabel else 0)
+
+
+def _finite(name: str, column: pd.Series) -> Floats:
+    numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=math.nan)
+    _refuse(name, column, ~np.isfinite(numbers), "every score is a finite number; check the model that wrote them")
+    return numbers
+
+
+def _refuse(name: str, column: pd.Series, bad: npt.ArrayLike, remedy: str) -> None:
+    rows = np.flatnonzero(np.asarray(bad, dtype=bool))
+    if len(rows):
+        lines = [f"{value!r} on line {row + 2}" for row, value in zip(rows, column.iloc[rows].tolist(), strict=True)]
+        raise InputError(f"{name}, {column.name}: {listed(lines, 5)}; {remedy}")

@@ -11,8 +11,8 @@ from scipy.stats.contingency import association
 from covid_cls.errors import InputError
 from covid_cls.evaluation.comparison import Comparison, compare_cells
 from covid_cls.evaluation.metrics import decide
+from covid_cls.evaluation.predictions import truth_and_prob, without_nan
 from covid_cls.evaluation.resampling import weighted_scores
-from covid_cls.evaluation.summary import truth_and_prob, without_nan
 from covid_cls.labels import Task
 
 CONFOUNDED = 0.9  # Cramér's V of source and label from which on a score is no evidence of disease detection

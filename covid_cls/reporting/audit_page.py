@@ -23,7 +23,7 @@ from covid_cls.audits.probes import PROBES, SourceScore
 from covid_cls.data.manifest import SPLITS
 from covid_cls.data.store import read_rows
 from covid_cls.evaluation.intervals import Interval
-from covid_cls.evaluation.summary import without_nan
+from covid_cls.evaluation.predictions import without_nan
 from covid_cls.reporting.figures import INK
 from covid_cls.reporting.html import Section, bullets, figure, page, paragraph, table
 

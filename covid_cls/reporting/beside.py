@@ -12,7 +12,7 @@ from covid_cls.audits.probe_features import PROBES
 from covid_cls.errors import InputError, listed
 from covid_cls.evaluation.grid import mean_score, pool_folds, score_cell
 from covid_cls.evaluation.metrics import Indices, decide
-from covid_cls.evaluation.summary import truth_and_prob
+from covid_cls.evaluation.predictions import truth_and_prob
 from covid_cls.evaluation.verdict import source_association, verdict
 from covid_cls.labels import Task
 from covid_cls.records import read_predictions

@@ -9,7 +9,6 @@ from pathlib import Path
 import pandas as pd
 
 from covid_cls.errors import InputError, listed
-from covid_cls.evaluation.grid import pool_folds
 from covid_cls.labels import Task
 from covid_cls.reporting.ledger import Openings
 from covid_cls.reporting.runs import AXES, Omission, Run, Settings, read_run
@@ -68,15 +67,21 @@ class Sweep:
     notes: dict[str, int]
 
 
+def run_folders(root: Path) -> list[Path]:
+    """Return the run folders at any depth below `root`, sorted. Raises InputError if there is none."""
+    folders = sorted(path.parent for path in root.rglob("run.json"))
+    if not folders:
+        raise InputError(f"runs={root}: no run.json below it; give the folder of a sweep, e.g. runs=outputs/grid")
+    return folders
+
+
 def collect(root: Path, command: str) -> Sweep:
     """The finished runs below `root`, pooled over folds and grouped into protocols and cells; the rest is listed.
 
     command: what is written to the ledger of each run whose test predictions are read. InputError where `root` holds
     no run or none that is finished, where folds overlap, or cells of one protocol were tested on different images.
     """
-    folders = sorted(path.parent for path in root.rglob("run.json"))
-    if not folders:
-        raise InputError(f"runs={root}: no run.json below it; give the folder of a sweep, e.g. runs=outputs/grid")
+    folders = run_folders(root)
     omissions = [
         Omission(path.parent.relative_to(root).as_posix(), "half-written", "test predictions without a run.json")
         for path in sorted(root.rglob("predictions-test.csv"))
@@ -160,6 +165,8 @@ def _protocol(members: Sequence[Run]) -> tuple[Protocol, list[Omission]]:
 
 
 def _pooled(name: str, seed: int, runs: Iterable[Run]) -> pd.DataFrame:
+    from covid_cls.evaluation.grid import pool_folds  # with scipy: a folder without runs is refused before
+
     try:
         return pool_folds([run.table for run in runs if run.table is not None])
     except InputError as error:

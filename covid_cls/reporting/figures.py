@@ -16,7 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from covid_cls.evaluation.metrics import class_scores, decide, roc_points
-from covid_cls.evaluation.summary import truth_and_prob
+from covid_cls.evaluation.predictions import truth_and_prob
 from covid_cls.labels import Task
 from covid_cls.records import whole_file
 

@@ -15,7 +15,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from covid_cls.evaluation.calibration import reliability
 from covid_cls.evaluation.intervals import Interval
 from covid_cls.evaluation.metrics import Floats, Indices, confusion, decide, positives
-from covid_cls.evaluation.summary import truth_and_prob
+from covid_cls.evaluation.predictions import truth_and_prob
 from covid_cls.labels import POSITIVE, Task
 from covid_cls.reporting.figures import CLASS_COLOURS, INK, canvas
 

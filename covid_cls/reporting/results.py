@@ -7,13 +7,14 @@ from typing import Any
 import pandas as pd
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from covid_cls.artifact.files import CARD, MODEL
+from covid_cls.artifact.files import CARD
 from covid_cls.artifact.record import best_epoch, write_model
 from covid_cls.data.datamodule import Radiographs
 from covid_cls.evaluation.summary import summarise
 from covid_cls.models.scorer import Scorer
 from covid_cls.records import (
     DISCLAIMER,
+    MODEL,
     read_json,
     read_predictions,
     whole_file,

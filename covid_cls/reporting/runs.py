@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from covid_cls.errors import InputError, listed
-from covid_cls.evaluation.summary import truth_and_prob
+from covid_cls.evaluation.predictions import truth_and_prob
 from covid_cls.labels import TASKS, Task
 from covid_cls.records import read_json, read_predictions
 from covid_cls.reporting.ledger import Openings, record_opening

@@ -21,7 +21,7 @@ import covid_cls
 from covid_cls.errors import InputError
 from covid_cls.evaluation.comparison import Standing, leaderboard
 from covid_cls.evaluation.grid import point_scores
-from covid_cls.evaluation.summary import without_nan
+from covid_cls.evaluation.predictions import without_nan
 from covid_cls.labels import Task
 from covid_cls.records import DISCLAIMER, digest, read_json, read_predictions, write_json
 from covid_cls.reporting.text import text_table

@@ -11,8 +11,8 @@ from covid_cls.errors import InputError
 from covid_cls.evaluation.comparison import Comparison, Standing
 from covid_cls.evaluation.grid import CellScores, Effect, VarianceSplit, mean_difference
 from covid_cls.evaluation.intervals import Interval
+from covid_cls.evaluation.predictions import truth_and_prob
 from covid_cls.evaluation.resampling import patient_codes, patient_weights
-from covid_cls.evaluation.summary import truth_and_prob
 from covid_cls.labels import Task
 from covid_cls.reporting.collect import Cell, Protocol
 

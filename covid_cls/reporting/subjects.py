@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from covid_cls.artifact.files import MODEL
 from covid_cls.errors import InputError
 from covid_cls.evaluation.operating import check_targets, fit_operating, frozen_operating
 from covid_cls.evaluation.predictions import Predictions, finished_run, read_scores, refuse_shared
 from covid_cls.labels import Task
-from covid_cls.records import write_predictions
+from covid_cls.records import MODEL, write_predictions
 from covid_cls.reporting.ledger import record_opening
 
 _UNKNOWN = "whether the model was trained on some of these images is not known; give its run= to have that checked"
