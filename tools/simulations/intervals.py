@@ -1,4 +1,4 @@
-"""How often intervals cover a known truth and how often equal models are called different, as Markdown.
+"""Estimate by simulation the coverage of the intervals and the type I error of the tests; print Markdown tables.
 
 OMP_NUM_THREADS=1 python -m tools.simulations.intervals [simulations] >> docs/simulations.md
 """
@@ -38,13 +38,18 @@ SCORES = (
 OTHERS = ("covid.auroc, DeLong", "covid.auroc, DeLong by image", "covid.sensitivity, Wilson by image")
 COMPARED = ("balanced_accuracy", "covid.auroc")
 TESTS = (*(f"bootstrap, {metric}" for metric in COMPARED), "DeLong, covid.auroc", "McNemar, exact")
-PIECE = 50  # simulations that one process does at a time
+PIECE = 50  # simulations per job of a process
 
 
 class Design(NamedTuple):
-    """A test set: its task, how many patients, how many images each has, and how far apart the class means lie.
+    """A simulated test set.
 
-    distance, in standard deviations: 1.13 gives a covid AUROC of 0.87 for two classes, 2.1 one of 0.98.
+    Attributes:
+        task: Name of the task.
+        patients: Number of patients.
+        images: Images per patient.
+        distance: Distance between class means in standard deviations. For two classes 1.13 gives a covid AUROC of
+            0.87, and 2.1 gives 0.98.
     """
 
     task: str
@@ -59,16 +64,16 @@ class Design(NamedTuple):
 SIZES = (60, 200, 1000)
 DESIGNS = {
     "two classes": [Design("binary", n, images) for images in (1, 4) for n in SIZES],
-    # 1000 x 4 would be a third of the whole time
+    # 1000 x 4 would take a third of the total time
     "three classes": [Design("three_class", n, images, 1.6) for images in (1, 4) for n in SIZES if n * images < 4000],
     "two classes, a strong model": [Design("binary", n, images, 2.1) for images in (1, 4) for n in SIZES[:2]],
 }
 
 
 def draw(design: Design, rng: np.random.Generator, models: int = 1) -> list[pd.DataFrame]:
-    """Predictions tables of equally good models of the same images.
+    """Simulate the predictions tables of `models` equally good models on the same images.
 
-    Logits are calibrated for equally frequent classes: each class has a unit Gaussian around its own corner.
+    Each class has a unit Gaussian around a corner of its own; logits are calibrated for equally frequent classes.
     """
     task, shares, distance = TASKS[design.task], SHARES[design.task], design.distance
     per_class = [design.patients * share // sum(shares) for share in shares]
@@ -81,7 +86,7 @@ def draw(design: Design, rng: np.random.Generator, models: int = 1) -> list[pd.D
         if design.images == 1:
             return own
         shared = rng.normal(size=(design.patients, len(shares)))[patient]
-        return np.sqrt(WITHIN_PATIENT) * shared + np.sqrt(1 - WITHIN_PATIENT) * own
+        return np.asarray(np.sqrt(WITHIN_PATIENT) * shared + np.sqrt(1 - WITHIN_PATIENT) * own)
 
     common = noise()
     tables = []
@@ -101,7 +106,7 @@ def draw(design: Design, rng: np.random.Generator, models: int = 1) -> list[pd.D
 
 
 def known(design: Design, patients: int = 1_000_000) -> dict[str, float]:
-    """The scores that the intervals of `design` must cover: those of very many patients."""
+    """Return the true scores of `design`, which its intervals should cover, estimated from very many patients."""
     (table,) = draw(design._replace(patients=patients, images=1), np.random.default_rng(0))
     task = TASKS[design.task]
     truth, prob = truth_and_prob(table, task)
@@ -110,7 +115,7 @@ def known(design: Design, patients: int = 1_000_000) -> dict[str, float]:
 
 
 def covered(design: Design, rng: np.random.Generator, resamples: int, truths: dict[str, float]) -> Iterator[str]:
-    """The scores whose intervals hold the truth, for one drawn test set."""
+    """Simulate one test set and yield the names of the scores whose 95 % interval contains the true value."""
     (table,) = draw(design, rng)
     task = TASKS[design.task]
     found = score_intervals(table, task, resamples=resamples, seed=int(rng.integers(2**31)))
@@ -127,7 +132,7 @@ def covered(design: Design, rng: np.random.Generator, resamples: int, truths: di
 
 
 def rejected(design: Design, rng: np.random.Generator, resamples: int, _: dict[str, float]) -> Iterator[str]:
-    """The tests that find two equally good models different at the 5 % level."""
+    """Simulate two equally good models and yield the tests that reject their equality at the 5 % level."""
     first, second = draw(design, rng, models=2)
     seed = int(rng.integers(2**31))
     for metric in COMPARED:
@@ -147,7 +152,7 @@ Once = Callable[[Design, np.random.Generator, int, dict[str, float]], Iterator[s
 def count(
     once: Once, design: Design, simulations: int, resamples: int, seed: int, truths: dict[str, float]
 ) -> Counter[str]:
-    """How often `once` yielded each name, over test sets drawn from `design`."""
+    """Return how often `once` yields each name in `simulations` test sets of `design`."""
     rng = np.random.default_rng([seed, design.patients, design.images])
     return Counter(name for _ in range(simulations) for name in once(design, rng, resamples, truths))
 
@@ -162,7 +167,12 @@ def _table(counts: dict[Design, Counter[str]], rows: tuple[str, ...], first: str
 
 
 def main(simulations: int = 1000, resamples: int = 400) -> None:
-    """Print what docs/simulations.md keeps."""
+    """Run all simulations and print the tables for docs/simulations.md.
+
+    Args:
+        simulations: Test sets per design, rounded down to a multiple of 50.
+        resamples: Bootstrap resamples per interval.
+    """
     warnings.simplefilter("error")
     pieces = simulations // PIECE
     jobs: list[tuple[Once, Design, dict[str, float]]] = []

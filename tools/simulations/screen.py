@@ -1,9 +1,12 @@
-"""How often the screen of a finished run flags radiographs, their turned and inverted copies, and other images.
+"""Measure how often the input screen of a finished run flags radiographs, altered copies of them and other images.
 
-OMP_NUM_THREADS=1 python -m tools.simulations.screen run=CELL [manifest=CSV]... [folder=FOLDER]... >> docs/screen.md
+OMP_NUM_THREADS=1 python -m tools.simulations.screen run=FOLDER [manifest=CSV]... [folder=FOLDER]... >> docs/screen.md
 
-The screen is fitted anew to the run's training and validation images. run: as for `evaluate`. manifest: radiographs of
-other sets, of which those whose file name or patient the run's own set has are left out. folder: images of any kind.
+The screen is fitted again to the run's training and validation images.
+
+run: folder of the run, as for `evaluate`.
+manifest: radiographs of another set. Images whose file name or patient is also in the run's own set are left out.
+folder: images of any kind.
 """
 
 import platform
@@ -41,15 +44,15 @@ from covid_cls.models.scorer import Scorer
 from covid_cls.models.transforms import Augment
 from covid_cls.training.checkpoints import load_classifier
 
-Pictures = list[NDArray[np.uint8]]  # grey, of any size
+Pictures = list[NDArray[np.uint8]]  # grey levels, any size
 
-MOST = 200  # images of a set, drawn with seed 0
+MOST = 200  # images per set, sampled with seed 0
 DICOM = ("CT_small", "MR_small", "693_J2KI", "liver_1frame", "JPGExtended", "examples_rgb_color", "examples_palette")
 WORDS = "fever and cough for six days with bilateral opacities on the plain film the laboratory results follow"
 
 
 def radiographs(manifest: Path, own: pd.DataFrame) -> dict[str, Pictures]:
-    """Readable images of each source of a manifest, `MOST` at most, without those of `own`."""
+    """Return at most `MOST` readable images of each source of a manifest, without those in `own`."""
     table = read_manifest(manifest)
     names = set(own["path"].map(lambda path: Path(path).name))
     known = table["path"].map(lambda path: Path(path).name in names) | table["patient_id"].isin(own["patient_id"])
@@ -61,13 +64,17 @@ def radiographs(manifest: Path, own: pd.DataFrame) -> dict[str, Pictures]:
 
 
 def phantoms() -> Pictures:
-    """Drawn radiographs of a seed that no run trains on unless it says so."""
+    """Return phantoms with a seed that no run uses by default."""
     folder = default_cache() / "phantoms" / "screen"
     return list(_readable(map(Path, read_manifest(build_phantoms(folder, images=MOST // 2, seed=99))["file"])))
 
 
 def copies(squares: NDArray[np.uint8], rng: Generator) -> dict[str, NDArray[np.uint8]]:
-    """What is done to radiographs (n, S, S) that the screen is to find, and three things that it is not made for."""
+    """Return altered copies of radiographs, shape (n, S, S).
+
+    The screen should find those that are inverted or rotated by multiples of 90°. The last three are changes that it
+    is not made for.
+    """
     side = squares.shape[1]
     tilt = cv2.getRotationMatrix2D((side / 2, side / 2), 30, 1)
     places = rng.integers(side // 2, size=(len(squares), 2))
@@ -83,7 +90,7 @@ def copies(squares: NDArray[np.uint8], rng: Generator) -> dict[str, NDArray[np.u
 
 
 def others(rng: Generator) -> dict[str, Pictures]:
-    """Images that are no radiographs, from installed packages or drawn."""
+    """Return images that are not radiographs, from installed packages or generated."""
     samples = Path(matplotlib.get_data_path()) / "sample_data"
     photos = [_grey(image) for image in load_sample_images().images]
     photos.append(grey_of(Image.open(samples / "grace_hopper.jpg")))
@@ -116,7 +123,7 @@ def _grey(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return grey_of(Image.fromarray(image))
 
 
-def _stretched(image: NDArray[np.float64]) -> NDArray[np.uint8]:
+def _stretched(image: NDArray[Any]) -> NDArray[np.uint8]:
     return np.asarray(255 * (image - image.min()) / np.ptp(image)).astype(np.uint8)
 
 
@@ -143,12 +150,12 @@ def _plot(rng: Generator, kind: int) -> NDArray[np.uint8]:
     for axes in figure.subplots(1 + kind % 2, 1 + kind % 3, squeeze=False).flat:
         (axes.plot, axes.hist, axes.imshow)[kind % 3](rng.normal(size=(40, 3) if kind % 3 < 2 else (20, 20)).cumsum(0))
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return _grey(np.asarray(canvas.buffer_rgba())[..., :3])
+    canvas.draw()  # type: ignore[no-untyped-call]
+    return _grey(np.asarray(canvas.buffer_rgba())[..., :3])  # type: ignore[no-untyped-call]
 
 
 class Measured:
-    """A run's network with a screen fitted to its data, and a row of the table for each set of images."""
+    """A run's network with a screen fitted to its data; gives one row of the table per set of images."""
 
     def __init__(self, scorer: Scorer, data: Radiographs) -> None:
         self.scorer = scorer
@@ -157,13 +164,13 @@ class Measured:
         self.fitted_in = time.process_time() - started
 
     def drawn(self, pictures: Pictures) -> NDArray[np.uint8]:
-        """The squares that the network sees of pictures of any size."""
+        """Return the square images that the network gets for pictures of any size."""
         view = self.scorer.preprocess
         return np.stack([draw_on_canvas(one, view.size, view.crop) for one in pictures])
 
     @torch.inference_mode()
     def row(self, name: str, squares: NDArray[np.uint8]) -> str:
-        """Markdown: how many images, share flagged with its 95 % interval, and the share of each code, in %."""
+        """Return a Markdown row: number of images, flagged share with its 95 % interval, share of each code, in %."""
         flags: list[list[str]] = []
         for start in range(0, len(squares), 32):
             batch = np.ascontiguousarray(squares[start : start + 32])
@@ -176,7 +183,7 @@ class Measured:
 
 
 def main(words: list[str]) -> None:
-    """Print what docs/screen.md keeps."""
+    """Print the tables for docs/screen.md."""
     given = [word.partition("=")[::2] for word in words]
     (folder,) = (Path(value) for key, value in given if key == "run")
     run, task = finished_run(folder)

@@ -1,9 +1,12 @@
-"""Provokes the faults that a long sweep meets, many of each, and prints what came of them as one table.
+"""Inject the faults that a long sweep can meet, many of each kind, and print the outcomes as one Markdown table.
 
 python -m tools.soak [--small] [--write] [kind ...]
 
-kind: some of the names in KINDS; all of them without. --small: a few faults of each. --write: put the table into
-docs/soak.md. The exit code is 1 where a line does not hold.
+kind: kinds of faults, all of them by default: kills, saves, flips, sweep, images, caches, starts.
+--small: inject only a few faults of each kind.
+--write: write the table to docs/soak.md.
+
+The exit code is 1 if the outcome of any kind is not the expected one.
 """
 
 import argparse
@@ -23,7 +26,7 @@ from pathlib import Path
 from tools.soak.commands import ROOT
 from tools.soak.outcome import Outcome
 
-# The name of a module and of its function, with the faults in a whole soak and in a small one.
+# Name of the module and of its function: number of faults in a full run and with --small.
 KINDS = {
     "kills": (12, 2),
     "saves": (200, 10),
@@ -38,7 +41,7 @@ ANCHOR = "<!-- what follows is written by `python -m tools.soak --write` -->\n"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit code, after the table is printed."""
+    """Run the chosen kinds, print the table and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("kinds", nargs="*", metavar="kind")
     wanted = parser.parse_args(arguments)
     if unknown := set(wanted.kinds) - set(KINDS):
-        parser.error(f"{sorted(unknown)}: no kinds of faults; there are {list(KINDS)}")
+        parser.error(f"unknown kind of fault: {sorted(unknown)}. Choose from {list(KINDS)}.")
     kinds = wanted.kinds or list(KINDS)
     # Each kind runs several processes; this must be set before torch is imported with the first kind.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -56,9 +59,9 @@ def main(arguments: Sequence[str]) -> int:
         rounds = KINDS[kind][1 if wanted.small else 0]
         print(f"{kind}: {rounds} …", flush=True)
         start = time.monotonic()
-        outcome = provoke(kind, rounds)
+        outcome = inject(kind, rounds)
         rows.append((outcome, time.monotonic() - start))
-        print(f"{kind}: {outcome.seen}; {'held' if outcome.held else 'DID NOT HOLD'}", flush=True)
+        print(f"{kind}: {outcome.seen}; {'as expected' if outcome.held else 'NOT AS EXPECTED'}", flush=True)
     command = " ".join(["python -m tools.soak", *(["--small"] if wanted.small else []), *wanted.kinds])
     text = page(command, rows)
     print("\n" + text)
@@ -68,19 +71,19 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if all(outcome.held for outcome, _ in rows) else 1
 
 
-def provoke(kind: str, rounds: int) -> Outcome:
-    """What came of `rounds` faults of a kind; a soak that breaks down itself is a line that does not hold."""
+def inject(kind: str, rounds: int) -> Outcome:
+    """Inject `rounds` faults of a kind; an exception of the tool itself counts as an unexpected outcome."""
     with tempfile.TemporaryDirectory(prefix=f"soak-{kind}-") as folder:
         try:
             outcome: Outcome = getattr(importlib.import_module(f"tools.soak.{kind}"), kind)(rounds, Path(folder))
         except Exception as error:
             traceback.print_exc()
-            return Outcome(f"{rounds} {kind}", "a result", f"broke down: {type(error).__name__}: {error}", False)
+            return Outcome(f"{rounds} {kind}", "a result", f"the tool failed: {type(error).__name__}: {error}", False)
     return outcome
 
 
 def page(command: str, rows: Sequence[tuple[Outcome, float]]) -> str:
-    """The table in Markdown, below what made it."""
+    """Return the Markdown section: heading, versions, machine and the table of outcomes."""
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     lines = [
         f"## {datetime.date.today()}: `{command}`",
@@ -98,7 +101,7 @@ def page(command: str, rows: Sequence[tuple[Outcome, float]]) -> str:
 
 
 def processor() -> str:
-    """The model of this machine's CPU, or its architecture where the system does not tell."""
+    """Return the CPU model, or the architecture if the system does not report a model."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -1,4 +1,4 @@
-"""Processes that want one cache at the same moment, some of which are killed while they build it."""
+"""Processes that request one cache at the same moment; some are killed while they build it."""
 
 import hashlib
 import os
@@ -27,14 +27,18 @@ from tools.soak.training import compose_small, make_classifier, make_data
 
 CROWD = 8
 _SEED = 6
-_FILES, _ROWS, _SIDE = 4, 16, 600  # some 10 ms to decode each: a build is long enough to be killed in its middle
+# An image takes about 10 ms to decode, so that a build is long enough to be killed half-way.
+_FILES, _ROWS, _SIDE = 4, 16, 600
 _SIZE = 64
 
 
 class Wanted(NamedTuple):
-    """A cache: the store of the images, or the features of the phantoms, below the folder `at`.
+    """A cache that several processes request.
 
-    deadly: seconds of its build after which the first process that builds it is killed; None: it is not.
+    Attributes:
+        at: Folder of the cache.
+        features: Whether it holds features of phantoms; otherwise it is a store of decoded images.
+        deadly: Seconds after which the first process that builds the cache is killed; None: it is not killed.
     """
 
     at: Path
@@ -43,7 +47,13 @@ class Wanted(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a process read, as a digest or an error's words; the builds that it finished, and the last one's seconds."""
+    """The answer of one process.
+
+    Attributes:
+        digest: SHA-256 of the cache's contents, or the error message.
+        builds: Number of builds that the process finished.
+        seconds: Duration of its last build.
+    """
 
     digest: str
     builds: int
@@ -51,12 +61,15 @@ class Found(NamedTuple):
 
 
 def caches(rounds: int, folder: Path) -> Outcome:
-    """`rounds` caches, stores and features in turn, each wanted by 8 processes; two of eight lose their builder."""
+    """Let 8 processes request each of `rounds` caches; in two rounds of eight the building process is killed.
+
+    Image stores and feature caches alternate.
+    """
     draw = random.Random(_SEED)
     table = image_set(folder / "set", _FILES, _SIDE)
     arguments = (pd.concat([table] * (_ROWS // _FILES), ignore_index=True), folder / "phantoms")
     alone = Member(serve, *arguments)
-    kinds = (False, True, False, True)  # the first build of each takes longer than all others
+    kinds = (False, True, False, True)  # the first build of each kind takes longer than the others
     whole = [at_once([alone], Wanted(folder / f"whole-{k}", kind, None))[0] for k, kind in enumerate(kinds)][2:]
     alone.kill()
     members = [Member(serve, *arguments) for _ in range(CROWD)]
@@ -85,10 +98,10 @@ def caches(rounds: int, folder: Path) -> Outcome:
     for member in members:
         member.kill()
     return Outcome(
-        f"{rounds} rounds of {CROWD} processes that want one cache at once, image stores and feature caches in turn; "
-        f"in {planted} rounds SIGKILL to its builder at a random moment of the build",
-        f"every process that lives reads all of it, rightly ({CROWD} in a round); {rounds} builds; 0 leftovers",
-        f"{good} read rightly, {killed} were killed, {CROWD * rounds - good - killed} failed; {builds} builds; "
+        f"{rounds} rounds of {CROWD} processes that request one cache at once, alternately an image store and a "
+        f"feature cache; in {planted} rounds SIGKILL to the building process at a random moment",
+        f"every surviving process reads it completely and correctly ({CROWD} per round); {rounds} builds; 0 leftovers",
+        f"{good} read correctly, {killed} killed, {CROWD * rounds - good - killed} failed; {builds} builds; "
         f"{left} leftovers" + "".join(f"; {fault[:200]}" for fault in faults[:5]),
         good == CROWD * rounds - killed
         and (builds, left, faults) == (rounds, 0, [])
@@ -97,7 +110,7 @@ def caches(rounds: int, folder: Path) -> Outcome:
 
 
 def image_set(root: Path, count: int, side: int) -> pd.DataFrame:
-    """The table of `count` PNG files of noise."""
+    """Write `count` PNG files of noise and return their table."""
     root.mkdir(parents=True)
     draw = np.random.default_rng(_SEED)
     files = [root / f"{k}.png" for k in range(count)]
@@ -109,23 +122,25 @@ def image_set(root: Path, count: int, side: int) -> pd.DataFrame:
 
 
 def decoded(table: pd.DataFrame) -> "np.ndarray[Any, Any]":
-    """What a store of `table` must hold."""
+    """Return the images that a store of `table` must contain."""
     return np.stack([store.draw_on_canvas(read_image(Path(file)), _SIZE, _SIZE) for file in table["file"]])
 
 
 def digest_of(array: "np.ndarray[Any, Any]") -> str:
-    """Stands for the bytes of `array`."""
+    """Return the SHA-256 of the bytes of `array`."""
     return hashlib.sha256(array.tobytes()).hexdigest()
 
 
 def serve(connection: Connection, table: pd.DataFrame, phantoms: Path) -> None:
-    """In a process of its own: for each `Wanted` that comes, reads the whole cache and tells what it found."""
-    sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  # each progress bar would leave an empty line
+    """Read the complete cache for each `Wanted` received, and send back a `Found`; runs in a separate process."""
+    # Each progress bar would leave an empty line.
+    sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     settings = compose_small("strategy=fc", "task=three_class", f"data.size={_SIZE}", f"preprocess.crop={_SIZE}")
     classifier, data = make_classifier(settings), make_data(settings, phantoms)
     prefix = Prefix(classifier.net)
     hashes = store.hash_files(table, phantoms)
-    features._BATCH, features._SAVE = 8, 1  # several records in a build, so that a killed one leaves a part
+    # Several records per build, so that a killed process leaves an incomplete cache.
+    features._BATCH, features._SAVE = 8, 1
     log = BuildLog()
     log.watch(store, "_build")
     log.watch(features.FeatureCache, "_compute")
@@ -146,14 +161,14 @@ def serve(connection: Connection, table: pd.DataFrame, phantoms: Path) -> None:
 
 
 class BuildLog:
-    """Counts and times the builds of this process, and ends it in the middle of one where that is wanted."""
+    """Count and time the builds of this process, and kill the process during a build if `wanted` requires it."""
 
     def __init__(self) -> None:
         self.wanted: Wanted | None = None
         self.builds, self.seconds = 0, 0.0
 
     def watch(self, owner: Any, name: str) -> None:
-        """Replace the function `name` of a module or class by one that is watched."""
+        """Wrap the function `name` of a module or class so that its calls are counted and timed."""
         build: Callable[..., None] = getattr(owner, name)
 
         def watched(*arguments: Any) -> None:
@@ -169,7 +184,7 @@ class BuildLog:
     def _killer(self) -> threading.Timer | None:
         assert self.wanted
         doomed = self.wanted.at.with_suffix(".doomed")
-        if self.wanted.deadly is None or doomed.exists():  # the builder before this one has been killed
+        if self.wanted.deadly is None or doomed.exists():  # a builder has been killed before
             return None
         doomed.touch()
         killer = threading.Timer(self.wanted.deadly, os.kill, (os.getpid(), signal.SIGKILL))

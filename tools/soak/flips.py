@@ -1,4 +1,4 @@
-"""Checkpoints of which one byte has changed: each is recognised, and the one before is used."""
+"""Checkpoints with one changed byte: each must be detected, and the previous checkpoint must be used."""
 
 import random
 from collections.abc import Callable
@@ -13,9 +13,10 @@ _SEED = 9
 
 
 def flips(rounds: int, folder: Path) -> Outcome:
-    """`rounds` bytes changed one at a time in the checkpoints of a run of three epochs, at random places and values.
+    """Change `rounds` bytes, one at a time, in the checkpoints of a run of three epochs.
 
-    Every other one in the last checkpoint, where a start must then go on from the one before.
+    Positions and values are random. Every second change is in the last checkpoint: a restart must then continue from
+    the previous one.
     """
     settings = compose_small("strategy=fc", "trainer.max_epochs=3", "augment=none", "checkpoint_seconds=0")
     trainer, _ = make_trainer(settings, folder)
@@ -36,19 +37,20 @@ def flips(rounds: int, folder: Path) -> Outcome:
             named = len(warnings) == 1 and str(last) in warnings[0] and str(checkpoints / PREVIOUS) in warnings[0]
             good = found == checkpoints / PREVIOUS and contents["epoch"] == 1 and named
             used += good
-            wrong += [] if good else [f"byte {place} of {path.name}: goes on from {found}, saying {warnings}"]
+            wrong += [] if good else [f"byte {place} of {path.name}: continues from {found}, warnings {warnings}"]
         _put(path, place, old)
     whole = newest_good(checkpoints)[0] == last and not _refusal(load_classifier, best)
     return Outcome(
         f"{rounds} single bytes changed in the checkpoints of a run, {rounds - rounds // 2} of them in the last one",
-        f"{rounds} of {rounds} refused by name; {rounds - rounds // 2} starts from the one before, with a warning",
-        "; ".join([f"{rounds - len(missed)} of {rounds}; {used} starts", *missed, *wrong]),
+        f"{rounds} of {rounds} refused with their path; "
+        f"{rounds - rounds // 2} restarts from the previous one, with a warning",
+        "; ".join([f"{rounds - len(missed)} of {rounds}; {used} restarts", *missed, *wrong]),
         not missed and not wrong and whole,
     )
 
 
 def _put(path: Path, place: int, value: int | None) -> int:
-    """The byte at `place`, which becomes `value` if there is one."""
+    """Return the byte at `place`, and replace it with `value` unless that is None."""
     with path.open("r+b") as file:
         file.seek(place)
         old = file.read(1)[0]

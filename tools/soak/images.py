@@ -1,4 +1,4 @@
-"""Bad and unusual images, before the reader alone and before the commands that read whole sets."""
+"""Damaged and unusual images, given to the reader alone and to the commands that read complete data sets."""
 
 import csv
 import multiprocessing
@@ -7,7 +7,7 @@ import resource
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,15 +20,22 @@ from tools.soak.outcome import Outcome
 from tools.soak.zoo import Specimen, plant
 
 Reader = Callable[[Path], np.ndarray]
-PATIENCE = 5.0  # seconds a file
-MOST_MEMORY = 1000  # MB that reading a file may take; a 16-bit picture of 49 megapixels takes 820
-ADDRESS_SPACE = 8 * 2**30  # bytes; what a reader that fails takes from the machine at most
+PATIENCE = 5.0  # seconds per file
+MOST_MEMORY = 1000  # MB that reading one file may take; a 16-bit image of 49 megapixels takes 820
+ADDRESS_SPACE = 8 * 2**30  # bytes; protects the machine from a reader that allocates without limit
 SMALL = ("data.size=32", "preprocess.crop=32", "data.batch_size=8", "backbone.weights=none", "trainer=cpu")
 BRIEF = ("trainer.max_epochs=1", "logger=none", "probes=false", "audit=off", "name=zoo")
 
 
 class Reading(NamedTuple):
-    """What a process made of a file: "read" and its pixels, "refused", "raised" and why, "died" or "hung"."""
+    """The result of reading one file in a separate process.
+
+    Attributes:
+        end: "read", "refused" (with `BadImage`), "raised" (any other exception), "died" or "hung".
+        grey: The pixels, if the file was read.
+        words: The reason, if it was not.
+        megabytes: Peak memory that reading took.
+    """
 
     end: str
     grey: np.ndarray | None
@@ -37,7 +44,7 @@ class Reading(NamedTuple):
 
 
 def images(rounds: int, folder: Path) -> Outcome:
-    """`rounds` files before `read_image`, then before train, audit and predict."""
+    """Read `rounds` files with `read_image`, then run train, audit and predict on them."""
     root = folder / "set"
     (root / "zoo").mkdir(parents=True)
     specimens = plant(root / "zoo", rounds, seed=0)
@@ -54,24 +61,29 @@ def images(rounds: int, folder: Path) -> Outcome:
     held = not faults and not counts["died"] and not counts["hung"] and not counts["raised"] and peak < MOST_MEMORY
     return Outcome(
         f"{rounds} files: flipped bits, truncations, bombs, FIFOs, links, odd names, wrong extensions, 16 bits, "
-        "animations, EXIF, DICOM; then train, audit and predict over them",
-        f"0 deaths, 0 files over {PATIENCE:g} s, 0 other exceptions, 0 wrong pictures, every refused file named with "
-        f"its line and reason, at most {MOST_MEMORY} MB a file",
+        "animations, EXIF, DICOM; then train, audit and predict on them",
+        f"0 deaths, 0 files over {PATIENCE:g} s, 0 other exceptions, 0 images with wrong pixels, "
+        f"every refused file named with its line and reason, at most {MOST_MEMORY} MB per file",
         ", ".join(f"{count} {end}" for end, count in counts.items())
-        + f"; at most {peak:.0f} MB a file; {len(faults)} faults"
+        + f"; at most {peak:.0f} MB per file; {len(faults)} faults"
         + "".join(f"; {fault}" for fault in faults[:10]),
         held,
     )
 
 
 def read_all(paths: Sequence[Path], reader: Reader) -> list[Reading]:
-    """What `reader`, a function of a module, makes of each path in a process of its own, which is replaced if lost."""
-    readings = []
+    """Read each path in a separate process, which is replaced when it dies or hangs.
+
+    Args:
+        paths: Files to read.
+        reader: A function at the top level of a module, since it is pickled.
+    """
+    readings: list[Reading] = []
     worker, pipe = _start(reader)
     for path in paths:
         pipe.send(path)
         try:
-            reading = pipe.recv() if pipe.poll(PATIENCE) else Reading("hung", None, "", 0)
+            reading: Reading = pipe.recv() if pipe.poll(PATIENCE) else Reading("hung", None, "", 0)
         except EOFError:
             worker.join()
             reading = Reading("died", None, f"exit code {worker.exitcode}", 0)
@@ -85,23 +97,23 @@ def read_all(paths: Sequence[Path], reader: Reader) -> list[Reading]:
     return readings
 
 
-def _start(reader: Reader) -> tuple[multiprocessing.process.BaseProcess, "Connection[object, object]"]:
+def _start(reader: Reader) -> tuple[multiprocessing.process.BaseProcess, "Connection[Path, Any]"]:
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     worker = spawn.Process(target=_serve, args=(theirs, reader), daemon=True)
     worker.start()
     theirs.close()
-    ours.recv()  # it has imported all it needs, and the first file's time starts now
+    ours.recv()  # the imports are done, so that they do not count towards the first file's time
     return worker, ours
 
 
 def _serve(pipe: "Connection[object, object]", reader: Reader) -> None:
-    """Answer each path with a `Reading`."""
+    """Send back a `Reading` for each path received."""
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     pipe.send("ready")
     while True:
         path = pipe.recv()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak memory
         before = _megabytes("VmRSS")
         grey, words = None, ""
         try:
@@ -119,7 +131,7 @@ def _megabytes(entry: str) -> float:
 
 
 def fault_of(specimen: Specimen, reading: Reading) -> str:
-    """Why the reading is not what the specimen must come to, or ""."""
+    """Return why the reading is not the expected one for this specimen; "" if it is."""
     if reading.end not in ("read", "refused"):
         return f"{reading.end} {reading.words}"
     if reading.end == "refused":
@@ -135,7 +147,10 @@ def fault_of(specimen: Specimen, reading: Reading) -> str:
 
 
 def write_manifests(root: Path, specimens: Sequence[Specimen]) -> dict[str, int]:
-    """The line of each specimen in `root`/manifest.csv, behind 36 phantoms; what it may not list is in odd.csv."""
+    """Write two manifests of 36 phantoms and the specimens, and return the line of each path in manifest.csv.
+
+    Specimens that a manifest may not list are in odd.csv.
+    """
     phantoms = build_phantoms(root / "phantoms", images=36)
     with phantoms.open(encoding="utf-8") as file:
         good = [{"path": f"phantoms/{row['path']}", "label": row["label"]} for row in csv.DictReader(file)]
@@ -150,7 +165,7 @@ def write_manifests(root: Path, specimens: Sequence[Specimen]) -> dict[str, int]
 
 
 def _commands(folder: Path, specimens: list[Specimen], readings: list[Reading]) -> list[str]:
-    """What the commands did that they should not, or did not say."""
+    """Run train, audit and predict on the set, and return the faults in their behaviour or messages."""
     root = folder / "set"
     refused = {s.name for s, reading in zip(specimens, readings, strict=True) if reading.end == "refused"}
     lines = {path: n for path, n in write_manifests(root, specimens).items() if path.removeprefix("zoo/") in refused}
@@ -160,7 +175,8 @@ def _commands(folder: Path, specimens: list[Specimen], readings: list[Reading]) 
 
     for path, counted in {"manifest.csv": f"{len(lines)} images cannot be used", "odd.csv": f"{odd} faults"}.items():
         done = run("train", folder, "data=manifest", f"data.path={root / path}", *SMALL, *BRIEF)
-        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]  # libtiff may speak, too
+        # libtiff may write to stderr, too.
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         if done.returncode != 2 or len(errors) != 1 or counted not in errors[0] or "Traceback" in done.stderr:
             faults.append(f"train on {path}: exit code {done.returncode}, {done.stderr[-300:]}")
 
@@ -182,7 +198,7 @@ def _commands(folder: Path, specimens: list[Specimen], readings: list[Reading]) 
 
 
 def _predictions(folder: Path, model: Path, specimens: list[Specimen], refused: set[str]) -> list[str]:
-    """What predict did not say of the zoo as a folder: a row for each file, undecided and with a reason if refused."""
+    """Run predict on the folder and return the faults: each file needs a row, and a reason if it was refused."""
     words = (f"model={model}", f"input={folder / 'set' / 'zoo'}", "threshold=argmax", "output=table.csv")
     done = run("predict", folder, *words)
     if done.returncode:

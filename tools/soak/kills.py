@@ -1,4 +1,4 @@
-"""Runs that are killed with SIGKILL at any moment of their life, started again, and compared with one that was not."""
+"""Runs that are killed with SIGKILL at a random moment, restarted, and compared with an undisturbed run."""
 
 import hashlib
 import random
@@ -7,15 +7,15 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from covid_cls.records import file_sha256, read_json
 from covid_cls.training.checkpoints import read_checkpoint
 from tools.soak.commands import command_line, environment
 from tools.soak.outcome import Outcome
 
-EPOCHS, FEW = 16, 4  # of which a run consists, and where it is killed once or twice in all
-# With dropout, batch norm that trains, and a schedule that moves at each step: all that a checkpoint could forget.
+EPOCHS, FEW = 16, 4  # epochs of a run, and of one with at most two rounds
+# Dropout, trainable batch norm and a schedule that changes at each step: all the state that a checkpoint must keep.
 WORDS = (
     "trainer=cpu",
     "callbacks=no_early_stopping",
@@ -31,16 +31,19 @@ WORDS = (
 )
 CACHES = (("feature_cache=off",), ("feature_cache=exact", "augment=none"), ("feature_cache=views:2",))
 WORKERS = (2, 4, 0)
-SECONDS = (0, 3)  # checkpoint_seconds: each epoch on disk, or one in several, as by default in longer runs
-PATIENCE = 30.0  # seconds for the worker processes of a killed run to be gone
+SECONDS = (0, 3)  # checkpoint_seconds: every epoch is written, or one in several as in longer runs
+PATIENCE = 30.0  # seconds within which the worker processes of a killed run must exit
 _SEED = 6
 
 
 def kills(rounds: int, folder: Path) -> Outcome:
-    """`rounds` runs, each killed once: over all numbers of workers and all caches in turn, evenly over a run's life."""
+    """Kill each of `rounds` runs once, restart it, and compare its results with an undisturbed run.
+
+    The numbers of workers and the feature caches alternate; the moments are spread evenly over the duration of a run.
+    """
     epochs = EPOCHS if rounds > 2 else FEW
     draw = random.Random(_SEED)
-    # Epochs that have ended, and a part of the next: less than one is the start-up, more than all the predictions.
+    # In epochs: a value below 1 is in the start-up phase, one above `epochs` is during the final predictions.
     moments = [(k + draw.random()) / rounds * (epochs + 1) for k in draw.sample(range(rounds), rounds)]
     whole: dict[str, dict[str, str]] = {}
     phases, faults, orphans = Counter[str](), [], 0
@@ -57,10 +60,10 @@ def kills(rounds: int, folder: Path) -> Outcome:
         )
         killed = Start(folder / f"killed-{number}", epochs, *words)
         killed.wait_for(f"epoch {int(moment)}/" if moment >= 1 else "phantoms: ")
-        time.sleep(moment % 1)  # an epoch and its saving take about 0.6 s
+        time.sleep(moment % 1)  # an epoch with its checkpoint takes about 0.6 s
         others, phase = killed.kill(), killed.phase()
         phases[phase] += 1
-        again = Start(folder / f"killed-{number}", epochs, *words)  # at once, as an impatient user does
+        again = Start(folder / f"killed-{number}", epochs, *words)  # immediately, as an impatient user does
         orphans += left_of(others)
         again.end()
         differing = sorted(name for name, value in again.results().items() if value != whole[cached[0]][name])
@@ -69,14 +72,14 @@ def kills(rounds: int, folder: Path) -> Outcome:
     landed = ", ".join(f"{count} {phase}" for phase, count in phases.items())
     return Outcome(
         f"{rounds} kills with SIGKILL ({landed}), workers 0, 2 and 4, feature_cache off, exact and views:2",
-        f"{rounds} of {rounds} runs with the weights and predictions of the undisturbed one; 0 orphans",
+        f"{rounds} of {rounds} runs with the weights and predictions of the undisturbed run; 0 orphans",
         f"{rounds - len(faults)} of {rounds}; {orphans} orphans" + "".join(f"; {fault}" for fault in faults),
         not faults and not orphans,
     )
 
 
 class Start:
-    """One start of the command in `folder`, with a cache of its own; its output goes to a file."""
+    """One start of `train` in `folder`, with a separate cache; its output goes to a file."""
 
     def __init__(self, folder: Path, epochs: int, *words: str) -> None:
         folder.mkdir(exist_ok=True)
@@ -92,34 +95,38 @@ class Start:
             )
 
     def end(self) -> None:
-        """Wait for the end; RuntimeError where that is none of a finished run."""
+        """Wait until the command ends.
+
+        Raises:
+            RuntimeError: if the exit code is not 0.
+        """
         code = self.process.wait(600)
         if code:
-            raise RuntimeError(f"{self.process.args}: exit code {code}: {self.log.read_text()[-2000:]}")
+            raise RuntimeError(f"{self.process.args!r}: exit code {code}: {self.log.read_text()[-2000:]}")
 
     def wait_for(self, words: str) -> None:
-        """Return once the command has printed `words`, or has ended."""
+        """Wait until the command has printed `words` or has ended."""
         while words not in self.log.read_text(encoding="utf-8") and self.process.poll() is None:
             time.sleep(0.02)
 
     def kill(self) -> list[psutil.Process]:
-        """Kill the command's process alone; the processes that it had started."""
+        """Kill the command's process only, and return the child processes that it had started."""
         others = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
         self.process.kill()
         self.process.wait()
         return others
 
     def phase(self) -> str:
-        """How far it came, from what it printed."""
+        """Return the phase in which the command ended, according to its output."""
         printed = self.log.read_text(encoding="utf-8")
         if "results in" in printed:
             return "after the end"
         if f"epoch {self.epochs}/" in printed:
             return "while predicting"
-        return "in training" if "first step" in printed else "before the first step"
+        return "in training" if "first step" in printed else "before training"
 
     def results(self) -> dict[str, str]:
-        """Digests of the weights and of the predictions."""
+        """Return the SHA-256 of the weights in both checkpoints and of both prediction tables."""
         (record,) = self.folder.rglob("run.json")
         assert read_json(record)["status"] == "finished"
         found = {}
@@ -136,7 +143,7 @@ class Start:
 
 
 def left_of(processes: list[psutil.Process]) -> int:
-    """How many of them do not end by themselves; they are ended."""
+    """Return how many processes do not exit within `PATIENCE` seconds, and kill these."""
     _, left = psutil.wait_procs(processes, PATIENCE)
     left = [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     for process in left:

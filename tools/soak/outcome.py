@@ -1,13 +1,16 @@
-"""What the soak saw of one kind of fault."""
+"""The outcome of one kind of fault."""
 
 from typing import NamedTuple
 
 
 class Outcome(NamedTuple):
-    """One line of the soak's table.
+    """One row of the table.
 
-    planted: the faults, with their number. expected, seen: what should come of them, and what did. held: whether seen
-    is what was expected.
+    Attributes:
+        planted: The injected faults and their number.
+        expected: The outcome that the package promises.
+        seen: The observed outcome.
+        held: Whether the observed outcome is the expected one.
     """
 
     planted: str

@@ -26,11 +26,11 @@ def turned(orientation: int) -> Image.Exif:
 
 
 def luma(rgb: np.ndarray) -> np.ndarray:
-    return rgb @ np.array([0.299, 0.587, 0.114])
+    return np.asarray(rgb @ np.array([0.299, 0.587, 0.114]))
 
 
 def tiff(pixels: np.ndarray, photometric: int = 1, compressed: bool = False) -> bytes:
-    """One strip, in the byte order of `pixels`' dtype; Pillow cannot write most of these."""
+    """Return a TIFF of one strip in the byte order of the pixels' dtype; Pillow cannot write most of these."""
     order = ">" if pixels.dtype.byteorder == ">" else "<"
     strip = zlib.compress(pixels.tobytes()) if compressed else pixels.tobytes()
     height, width = pixels.shape
@@ -48,7 +48,7 @@ def tiff(pixels: np.ndarray, photometric: int = 1, compressed: bool = False) -> 
     }
     strip += b"\0" * (len(strip) % 2)
     head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "I", 8 + len(strip))
-    # SHORT values sit left in their four bytes, so everything is written as LONG
+    # SHORT values are left-aligned in their four bytes; LONG avoids that
     entries = b"".join(struct.pack(order + "HHII", tag, 4, 1, value) for tag, value in tags.items())
     return head + strip + struct.pack(order + "H", len(tags)) + entries + struct.pack(order + "I", 0)
 
@@ -100,7 +100,7 @@ def animation(kind: str) -> bytes:
 GREY = Image.fromarray(RAMP)
 RGB = Image.fromarray(COLOURS)
 ONE_BIT = RAMP > 100
-# name: (bytes, expected grey, tolerance in grey levels)
+# name: (bytes, expected grey levels, tolerance in grey levels)
 GOOD: dict[str, tuple[bytes, np.ndarray, float]] = {
     "png": (encoded(RAMP, "PNG"), RAMP, 0),
     "png-1-bit": (encoded(Image.fromarray(ONE_BIT), "PNG"), ONE_BIT * 255, 0),
@@ -160,7 +160,7 @@ GOOD: dict[str, tuple[bytes, np.ndarray, float]] = {
 }
 PNG = GOOD["png"][0]
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 96), dtype=np.uint8)
-# name: (bytes, a part of the reason)
+# name: (bytes, part of the error message)
 BAD: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "empty file"),
     "html": (b"<!DOCTYPE html><html><body>404</body></html>", "web page"),

@@ -1,4 +1,4 @@
-"""A DICOM radiograph in memory whose pixels are known."""
+"""DICOM radiographs in memory, with known pixels."""
 
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -10,7 +10,13 @@ RAMP8 = (RAMP // 16).astype(np.uint8)
 
 
 def radiograph(pixels: np.ndarray = RAMP, bits: int = 12, **tags: object) -> Dataset:
-    """A MONOCHROME2 radiograph of `pixels` as stored, with a patient in it; `tags` are added or replace."""
+    """Return a radiograph with `pixels` as stored values, including data that identifies a patient.
+
+    Args:
+        pixels: Stored values, shape (height, width), or (height, width, 3) for RGB.
+        bits: Bits stored per value.
+        tags: DICOM attributes to add or to replace.
+    """
     image = Dataset()
     image.file_meta = FileMetaDataset()
     image.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -34,4 +40,5 @@ def radiograph(pixels: np.ndarray = RAMP, bits: int = 12, **tags: object) -> Dat
 
 
 def spread(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Return the grey levels, 0 to 255, of a linear window from `low` to `high`."""
     return np.rint(np.clip((values - low) / (high - low), 0, 1) * 255)

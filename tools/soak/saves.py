@@ -1,4 +1,4 @@
-"""Saves that are killed with SIGKILL at any moment, with the temporary folder on another file system."""
+"""Checkpoint writes that are killed with SIGKILL, with the temporary folder on another file system."""
 
 import os
 import random
@@ -16,20 +16,23 @@ from covid_cls.training.checkpoints import LAST, WholeCheckpointIO, newest_good,
 from tools.soak.crowd import Member
 from tools.soak.outcome import Outcome
 
-_NUMBERS = 1 << 20  # in a checkpoint, of 4 bytes each
+_NUMBERS = 1 << 20  # float32 values in a checkpoint, 4 MB
 _SEED = 8
 
 
 def saves(rounds: int, folder: Path) -> Outcome:
-    """`rounds` processes, each killed at any moment of one of its first saves, and a next one that goes on from there.
+    """Kill `rounds` processes during one of their first saves; each next process continues from the files left.
 
-    Not held where fewer than half of the kills hit a save, or where there is no second file system.
+    The outcome is unexpected, too, if fewer than half of the kills hit a save or there is no second file system.
     """
     planted = f"{rounds} kills with SIGKILL during saves of 4 MB, TMPDIR on another file system"
-    expected = f"{rounds} of {rounds} last checkpoints whole, the old or the new one; 1 orphan a kill at most, then 0"
+    expected = (
+        f"{rounds} of {rounds} last checkpoints complete, the old or the new one; at most 1 orphan per kill, "
+        "0 after a restart"
+    )
     elsewhere = _other_file_system(folder)
     if elsewhere is None:
-        return Outcome(planted, expected, f"nothing: no file system but that of {folder} was found", False)
+        return Outcome(planted, expected, f"nothing: there is no second file system next to that of {folder}", False)
     draw, faults, orphans, landed = random.Random(_SEED), [], 0, Counter[str]()
     with tempfile.TemporaryDirectory(dir=elsewhere) as temporary:
         for number in range(rounds):
@@ -45,10 +48,10 @@ def saves(rounds: int, folder: Path) -> Outcome:
             left = len([path for path in folder.iterdir() if path.suffix != ".ckpt"])
             orphans += left
             fault = _fault(folder, begun, ended) or (f"{left} orphans" if left > 1 else "")
-            fault = fault or (f"{found} orphans after a start" if found else "")
+            fault = fault or (f"{found} orphans after a restart" if found else "")
             faults += [f"kill {number + 1}: {fault}"] if fault else []
     where = ", ".join(f"{count} {where}" for where, count in landed.items())
-    seen = f"{rounds - len(faults)} of {rounds} ({where}); {orphans} orphans in all, 0 after a start"
+    seen = f"{rounds - len(faults)} of {rounds} ({where}); {orphans} orphans in total, 0 after a restart"
     hit = landed["within a save"] * 2 > rounds
     return Outcome(
         planted, expected, "; ".join([seen if not faults else seen.partition(";")[0], *faults]), not faults and hit
@@ -56,7 +59,10 @@ def saves(rounds: int, folder: Path) -> Outcome:
 
 
 def _saver(writer: Connection, folder: Path, temporary: str) -> None:
-    """Go on from what is in `folder` as `train` does, and save for ever; says its orphans, then each begin and end."""
+    """Continue from the checkpoints in `folder` as `train` does, and save until killed.
+
+    Sends the number of orphaned files, then the epoch at the beginning and at the end of each save.
+    """
     os.environ["TMPDIR"] = temporary
     tempfile.tempdir = None
     torch.set_num_threads(1)
@@ -76,7 +82,7 @@ def _saver(writer: Connection, folder: Path, temporary: str) -> None:
 
 
 def _said(reader: Connection, begun: int) -> tuple[int, int]:
-    """The last epoch whose save had begun, and the last one whose save had ended, after all that was said."""
+    """Read all pending messages; return the last epoch whose save began and the last one whose save ended."""
     ended = begun - 1
     while True:
         try:
@@ -90,7 +96,7 @@ def _said(reader: Connection, begun: int) -> tuple[int, int]:
 
 
 def _fault(folder: Path, begun: int, ended: int) -> str:
-    """What is wrong after a kill in the save of epoch `begun`, or after it; nothing where all is well."""
+    """Return what is wrong after a kill during or after the save of epoch `begun`; "" if nothing is."""
     if ended < 0 and not (folder / LAST).exists():
         return ""
     try:
@@ -99,14 +105,14 @@ def _fault(folder: Path, begun: int, ended: int) -> str:
         return str(error)
     epoch = contents["epoch"]
     if epoch not in (ended, begun):
-        return f"holds epoch {epoch} where {ended} was saved and {begun} begun"
+        return f"holds epoch {epoch}, although {ended} was saved and {begun} begun"
     if not torch.equal(contents["state_dict"]["w"], torch.full((_NUMBERS,), float(epoch))):
-        return f"holds other numbers than those of epoch {epoch}"
-    return "" if newest_good(folder)[0] == folder / LAST else "is not what a start goes on from"
+        return f"does not hold the values of epoch {epoch}"
+    return "" if newest_good(folder)[0] == folder / LAST else "is not the checkpoint that a restart continues from"
 
 
 def _other_file_system(folder: Path) -> Path | None:
-    """A folder on another file system than `folder`, if there is one."""
+    """Return a folder on a different file system from `folder`; None if there is none."""
     places = (Path("/dev/shm"), Path.home(), Path("/var/tmp"))  # the first is in memory on each Linux
     found = [place for place in places if place.is_dir() and os.access(place, os.W_OK)]
     return next((place for place in found if place.stat().st_dev != folder.stat().st_dev), None)

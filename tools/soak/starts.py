@@ -1,4 +1,4 @@
-"""Processes that start one cell, or a cell each, at the same moment."""
+"""Processes that start the same run, or a run each, at the same moment."""
 
 import socket
 import time
@@ -13,11 +13,11 @@ from tools.soak.crowd import Member, at_once, take
 from tools.soak.outcome import Outcome
 from tools.soak.training import compose_small
 
-_RECOVERY = 10.0  # seconds from the death of a holder to the next one, with the start of all who ask
+_RECOVERY = 10.0  # seconds from the death of the lock's holder to its next holder, including the start of the processes
 
 
 def starts(rounds: int, folder: Path) -> Outcome:
-    """`rounds` starts of one cell at once; again when its holder has been killed; then as many of a cell each."""
+    """Start one run in `rounds` processes at once; again after its process was killed; then one run per process."""
     settings = compose_small()
     same = [settings] * rounds
     first = Round(folder, same)
@@ -36,16 +36,23 @@ def starts(rounds: int, folder: Path) -> Outcome:
     counts += [len(others.holders), len(folders), finished]
     wanted = [1, rounds - 1, 1, rounds - 1, rounds, rounds, rounds + 1]
     return Outcome(
-        f"{rounds} processes that start one cell at once; the same when its holder was killed with SIGKILL; then "
-        f"{rounds} that start a cell each",
+        f"{rounds} processes that start one run at once; the same after its process was killed with SIGKILL; then "
+        f"{rounds} that start a run each",
         _told(*wanted),
-        f"{_told(*counts)}; the killed holder was followed within {recovery:.1f} s",
+        f"{_told(*counts)}; the killed process was replaced within {recovery:.1f} s",
         counts == wanted and recovery < _RECOVERY,
     )
 
 
 class Round:
-    """Starts of these settings at the same moment. holders: who may train. named: how many were told who does."""
+    """Starts of these settings at the same moment.
+
+    Attributes:
+        members: All processes.
+        answers: For each process, whether it may train, and the run's folder or the error message.
+        holders: The processes that may train.
+        named: How many of the others were told which process trains.
+    """
 
     def __init__(self, folder: Path, settings: list[dict[str, Any]]) -> None:
         self.members = [Member(start, folder, each) for each in settings]
@@ -57,7 +64,7 @@ class Round:
         self.named = sum(name in told for holds, told in self.answers if not holds)
 
     def end(self) -> None:
-        """Let the holders come to the end of their training."""
+        """Let the holders finish their training, and wait for all processes."""
         for holder in self.holders:
             holder.connection.send(None)
         for member in self.members:
@@ -65,7 +72,10 @@ class Round:
 
 
 def start(connection: Connection, root: Path, settings: dict[str, Any]) -> None:
-    """In a process of its own: tells whether it may train, with the run's folder or the refusal; trains until told."""
+    """Open the run in a separate process and keep it open until the parent sends a message.
+
+    Sends whether the process may train, and the run's folder or the error message.
+    """
     take(connection)
     try:
         with open_run(root, settings, "d") as run, run.training():
@@ -76,8 +86,8 @@ def start(connection: Connection, root: Path, settings: dict[str, Any]) -> None:
 
 
 def _told(first: int, named: int, second: int, named_again: int, others: int, folders: int, finished: int) -> str:
-    """The counts in words."""
+    """Return the counts as text."""
     return (
-        f"{first} trains and {named} are told its host and process; then {second} and {named_again}; "
+        f"{first} trains and {named} are told which host and process; then {second} and {named_again}; "
         f"then {others} train in {folders} folders; {finished} finish"
     )

@@ -1,4 +1,4 @@
-"""Cells that raise, exit, are killed or diverge, in a sweep of real commands."""
+"""Runs that raise, exit, are killed or diverge, in a sweep of real commands."""
 
 import os
 import subprocess
@@ -22,8 +22,8 @@ WORDS = (
     "probes=false",
     "name=soak",
 )
-# Python runs this at the start of each process; the product knows nothing of it. Three cells end when their training is
-# over, as they begin to predict; the fourth trains with a rate that no network stands.
+# Python runs this file at the start of each process, so that the package itself needs no code for it. Three runs end
+# after their training, when prediction begins; the fourth trains with a learning rate at which every network diverges.
 PLANTED = """
 import os, signal, sys
 from pathlib import Path
@@ -57,7 +57,7 @@ ENDS = ("RuntimeError: planted", "exit code 3", "killed by SIGKILL", "became nan
 
 
 def sweep(rounds: int, folder: Path) -> Outcome:
-    """A sweep of `rounds` cells, at least five, four of which fail; then the same command with the faults gone."""
+    """Start a sweep of `rounds` runs (at least five), four of which fail; then repeat it without the faults."""
     (folder / "sitecustomize.py").write_text(PLANTED, encoding="utf-8")
     (folder / "faults").touch()
     done = start(rounds, folder)
@@ -69,7 +69,7 @@ def sweep(rounds: int, folder: Path) -> Outcome:
     untouched = sum(after.get(path) == times for path, times in before.items())
     counts = [len(before), named, done.returncode, again.stdout.count("] $ "), untouched, again.returncode]
     return Outcome(
-        f"{rounds} cells, of which one raises, one calls sys.exit, one is killed by SIGKILL, one diverges; "
+        f"{rounds} runs: one raises, one calls sys.exit, one is killed with SIGKILL, one diverges; "
         "then the same command without these faults",
         told(rounds - 4, 4, 1, 4, rounds - 4, 0),
         told(*counts) + ("" if counts[2] == 1 else f" ({done.stderr[-500:]})"),
@@ -78,15 +78,15 @@ def sweep(rounds: int, folder: Path) -> Outcome:
 
 
 def told(finished: int, named: int, code: int, started: int, untouched: int, code_again: int) -> str:
-    """The counts in words."""
+    """Return the counts as text."""
     return (
         f"{finished} finish, {named} failures are named, exit code {code}; "
-        f"then {started} are started, {untouched} left as they are, exit code {code_again}"
+        f"then {started} are started, {untouched} left unchanged, exit code {code_again}"
     )
 
 
 def start(rounds: int, folder: Path) -> "subprocess.CompletedProcess[str]":
-    """The sweep's command, ended."""
+    """Run the sweep's command and return its exit code and output."""
     seeds = ",".join(str(seed) for seed in range(rounds))
     return run(
         "train",
@@ -101,7 +101,7 @@ def start(rounds: int, folder: Path) -> "subprocess.CompletedProcess[str]":
 
 
 def finished(folder: Path) -> dict[Path, list[int]]:
-    """The records of the sweep's finished runs, and when each and its checkpoints were written."""
+    """Return, for each finished run's run.json, when it and the run's checkpoints were written (ns)."""
     records = folder.glob("outputs/soak/*/run.json")
     return {
         path: [file.stat().st_mtime_ns for file in (path, *sorted(path.parent.glob("checkpoints/*")))]

@@ -1,4 +1,4 @@
-"""The shipped configuration, made small enough for a test: 32 pixels, a few phantoms, the CPU."""
+"""Build trainings of the shipped configuration at its smallest: 32 pixels, 36 phantoms, on the CPU."""
 
 from pathlib import Path
 from typing import Any
@@ -29,20 +29,25 @@ PARTS = ("strategy", "head", "loss", "preprocess", "augment", "optimizer", "sche
 
 
 def compose_small(*overrides: str) -> dict[str, Any]:
-    """The settings of `train` with these overrides; no logger."""
+    """Return the settings of `train` with these overrides and without a logger."""
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         return {**plain(compose("train", [*SMALL, *overrides])), "logger": None}
 
 
 def make_data(settings: dict[str, Any], cache: Path) -> Radiographs:
-    """The phantoms of these settings; `cache` is shared by all tests of a session."""
+    """Return the data module of these settings; phantoms and stores are kept in `cache`."""
     canvas = Augment(**settings["augment"]).canvas(settings["preprocess"]["crop"])
     where = {**settings["data"], "cache": str(cache)}
     return Radiographs(TASKS[settings["task"]["name"]], canvas, settings["seed"], **where)
 
 
 def make_classifier(settings: dict[str, Any], counts: list[int] | None = None) -> Classifier:
-    """The classifier of these settings, its first weights decided by its seed."""
+    """Return the classifier of these settings, with initial weights from its seed.
+
+    Args:
+        settings: Settings from `compose_small`.
+        counts: Training images per class; 8 of each by default.
+    """
     torch.manual_seed(settings["seed"])
     return Classifier(
         task=settings["task"]["name"],
@@ -56,11 +61,11 @@ def make_classifier(settings: dict[str, Any], counts: list[int] | None = None) -
 def make_trainer(
     settings: dict[str, Any], folder: Path, *callbacks: Callback, checkpoints: bool = True
 ) -> tuple[pl.Trainer, EpochHistory]:
-    """The trainer that `train` builds, with more callbacks behind its own."""
+    """Return the trainer that `train` builds, with `callbacks` after its own, and its history."""
     if not checkpoints:
         settings = {**settings, "callbacks": {}}
         settings["trainer"] = {**settings["trainer"], "enable_checkpointing": False}
     history = EpochHistory()
     trainer = build_trainer(settings, folder, [history])
-    trainer.callbacks += callbacks
+    trainer.callbacks += callbacks  # type: ignore[attr-defined]
     return trainer, history

@@ -1,4 +1,4 @@
-"""Files that a folder of radiographs may hold: unusual ones with known pixels, and ones that no reader may fall for."""
+"""Files that a folder of radiographs may contain: unusual ones with known pixels, damaged and malicious ones."""
 
 import io
 import os
@@ -46,11 +46,17 @@ NAMES = (
 
 
 class Specimen(NamedTuple):
-    """One file, and what must come of it.
+    """One file and the expected result of reading it.
 
-    name: below the zoo's folder. grey: its pixels to `tolerance` levels, if it is to be read. refusal: a part of the
-    reason, if it is to be refused. With both, either is right: a truncated file whose picture is whole. With neither
-    anything is, but for a death, a hang or an exception: a flipped bit in a format without checksums.
+    If `grey` and `refusal` are both given, either result is correct (a truncated file whose image is complete). If
+    neither is, any result is correct except a crash, a hang or another exception (a flipped bit in a format without
+    checksums).
+
+    Attributes:
+        name: Path below the folder of the specimens.
+        grey: Expected pixels, if the file is to be read.
+        tolerance: Largest accepted difference from `grey`, in grey levels.
+        refusal: Part of the error message, if the file is to be refused.
     """
 
     name: str
@@ -60,14 +66,14 @@ class Specimen(NamedTuple):
 
     @property
     def listable(self) -> bool:
-        """Whether a manifest may list it; what is odd is refused when the manifest is read."""
+        """Whether a manifest may list the file; odd files are refused when the manifest is read."""
         return not self.name.startswith("odd/")
 
 
 def plant(folder: Path, count: int, seed: int) -> list[Specimen]:
-    """`count` specimens below `folder`: odd ones first, then the unusual and the malicious, the rest random damage.
+    """Write `count` specimens below `folder`: odd ones first, then unusual and malicious ones, then random damage.
 
-    Where count is small, only a draw of each.
+    If `count` is small, the unusual and malicious ones are a random selection.
     """
     rng = random.Random(seed)
     specimens = _odd(folder / "odd")
@@ -88,7 +94,7 @@ def _written(folder: Path, specimen: Specimen, data: bytes, name: str) -> Specim
 
 
 def _odd(folder: Path) -> list[Specimen]:
-    """What is no file, is a file by another's leave, or has a name that no table can hold."""
+    """Create entries that are not regular files, that may not be read, or whose name does not fit into a table."""
     folder.mkdir(parents=True)
     (folder / "folder.png").mkdir()
     os.mkfifo(folder / "fifo.png")
@@ -99,10 +105,10 @@ def _odd(folder: Path) -> list[Specimen]:
         "zero.png": "/dev/zero",
         "stdin.png": "/dev/stdin",
         "memory.png": "/proc/self/mem",
-        "kernel.png": "/proc/kmsg",  # is a regular file, and waits for the next message of the kernel
+        "kernel.png": "/proc/kmsg",  # a regular file, but reading waits for the next kernel message
     }.items():
         (folder / name).symlink_to(target)
-    with socket.socket(socket.AF_UNIX) as listener, chdir(folder):  # an address has 108 bytes
+    with socket.socket(socket.AF_UNIX) as listener, chdir(folder):  # a socket's path is limited to 108 bytes
         listener.bind("socket.png")
     with (folder / "sparse.tif").open("wb") as file:
         file.write(_tag_bomb(200_000_000))
@@ -113,7 +119,7 @@ def _odd(folder: Path) -> list[Specimen]:
     for raw in (b"two\nlines.png", b"latin-\xe9.png", b"\x1b[2J.png"):
         (folder / os.fsdecode(raw)).write_bytes(GOOD["png"][0])
         specimens.append(Specimen(f"odd/{os.fsdecode(raw)}", grey))
-    if os.geteuid():  # root reads it all the same
+    if os.geteuid():  # root may read it in any case
         (folder / "locked.png").write_bytes(GOOD["png"][0])
         (folder / "locked.png").chmod(0)
         specimens.append(Specimen("odd/locked.png", refusal="ermission"))
@@ -121,7 +127,7 @@ def _odd(folder: Path) -> list[Specimen]:
 
 
 def _known() -> Iterator[tuple[Specimen, bytes]]:
-    """What the readers' own tests know."""
+    """Return the image files of pictures.py, and three EXIF orientations that change nothing."""
     for name, (data, grey, tolerance) in GOOD.items():
         yield Specimen(name, grey, tolerance), data
     for name, (data, reason) in BAD.items():
@@ -134,21 +140,21 @@ def _known() -> Iterator[tuple[Specimen, bytes]]:
 
 
 def scans(side: int, count: int) -> bytes:
-    """A progressive JPEG of `count` more scans than it needs, a few bytes each."""
+    """Return a progressive JPEG with `count` superfluous scans of a few bytes each."""
     data = encoded(np.tile(GOOD["png"][1], (side // 64 + 1, side // 96 + 1))[:side, :side], "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:-2] + data[last:-2] * count + b"\xff\xd9"
 
 
 def many_exif(count: int) -> bytes:
-    """A JPEG with `count` EXIF blocks, each of which Pillow appends to a copy of those before."""
+    """Return a JPEG with `count` EXIF blocks; Pillow copies all previous blocks for each one."""
     block = b"\xff\xe1" + struct.pack(">H", 8002) + b"Exif\0\0" + bytes(7994)
     data = GOOD["jpeg"][0]
     return data[:2] + block * count + data[2:]
 
 
 def tiff_of(tags: dict[int, tuple[int, int]], body: bytes) -> bytes:
-    """A little-endian TIFF of `body` and LONG tags, each (count, value)."""
+    """Return a little-endian TIFF of `body` and LONG tags, each (count, value)."""
     entries = b"".join(struct.pack("<HHII", tag, 4, *pair) for tag, pair in sorted(tags.items()))
     return b"II*\0" + struct.pack("<I", 8 + len(body)) + body + struct.pack("<H", len(tags)) + entries + bytes(4)
 
@@ -161,27 +167,27 @@ def _tag_bomb(count: int) -> bytes:
 
 
 def tile_bomb() -> bytes:
-    """64 × 64 pixels in one tile of 1.9 GB, which inflates to 200 MB."""
+    """Return a TIFF of 64 × 64 pixels in one tile of nominally 1.9 GB; its data decompress to 200 MB."""
     body = _deflated(200_000_000)
     tile = {322: (1, 60_000), 323: (1, 32_000), 324: (1, 8), 325: (1, len(body))}
     return tiff_of({**GREY_64, **tile}, body)
 
 
 def _deflated(length: int) -> bytes:
-    """zlib's stream of so many zeros, rounded down to ten million, in a moment: one block, repeated."""
+    """Return a zlib stream of `length` zeros, rounded down to ten million; fast, since one block is repeated."""
     times = length // 10_000_000
     adler = times * 10_000_000 % 65521 << 16 | 1
     return b"\x78\xda" + _repeated(bytes(10_000_000), times) + b"\3\0" + struct.pack(">I", adler)
 
 
 def _repeated(block: bytes, times: int) -> bytes:
-    """Raw deflate, without its end, of `block` so many times."""
+    """Return a raw deflate stream of `times` copies of `block`, without the end marker."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     return (packer.compress(block) + packer.flush(zlib.Z_FULL_FLUSH)) * times
 
 
 def _bombs() -> Iterator[tuple[Specimen, bytes]]:
-    """Small files that ask for much memory or time."""
+    """Return small files that need much memory or time to decode."""
     png, jpeg = GOOD["png"][0], bytearray(GOOD["jpeg"][0])
     place = jpeg.index(b"\xff\xc0")
     jpeg[place + 5 : place + 9] = struct.pack(">HH", 65500, 65500)
@@ -211,7 +217,7 @@ def _bombs() -> Iterator[tuple[Specimen, bytes]]:
     }
     for name, (data, reason) in bombs.items():
         yield Specimen(name, refusal=reason), data
-    more = bare_png(64, 64, _deflated(2_000_000_000))  # inflates to more than its rows, which are not inflated
+    more = bare_png(64, 64, _deflated(2_000_000_000))  # decompresses to more than its rows; the rest must be ignored
     yield Specimen("png-more", refusal="blank"), more
     looped = bytearray(GOOD["tiff-8"][0])
     looped[-4:] = looped[4:8]  # the next page is the first
@@ -219,7 +225,7 @@ def _bombs() -> Iterator[tuple[Specimen, bytes]]:
 
 
 def dicom(image: Dataset, syntax: UID | None = None, frame: bytes = b"") -> bytes:
-    """The bytes of a DICOM file; with a syntax, `frame` is its compressed picture."""
+    """Return the bytes of a DICOM file; with `syntax`, `frame` is its compressed image."""
     if syntax:
         image.file_meta.TransferSyntaxUID = syntax
     if frame:
@@ -231,7 +237,7 @@ def dicom(image: Dataset, syntax: UID | None = None, frame: bytes = b"") -> byte
 
 
 def grown(frame: bytes, side: int) -> bytes:
-    """A JPEG or a JPEG 2000 codestream whose header says side × side pixels."""
+    """Return a JPEG or JPEG 2000 codestream whose header declares side × side pixels."""
     data = bytearray(frame)
     if data[:4] == b"\xff\x4f\xff\x51":
         data[8:16] = data[24:32] = struct.pack(">II", side, side)
@@ -247,7 +253,7 @@ JPEG_2000 = JPEG_2000[JPEG_2000.index(b"\xff\x4f\xff\x51") :]
 
 
 def deflate_bomb(megabytes: int) -> bytes:
-    """A deflated DICOM file with so many megabytes of zeros behind its picture."""
+    """Return a deflated DICOM file with `megabytes` MB of zeros after its image."""
     data = dicom(radiograph(), DeflatedExplicitVRLittleEndian)
     start = 144 + struct.unpack("<I", data[140:144])[0]
     zeros = struct.pack("<HH2sHI", 0x7FE1, 0x10, b"OB", 0, 10**6) + bytes(10**6)
@@ -298,7 +304,7 @@ DICOMS = {
 PICTURES = {
     **DICOMS,
     **GOOD,
-    # without the ramp's long runs, so that each byte matters
+    # noise has no long runs of equal values, so that each byte matters
     "PNG": (encoded(NOISE, "PNG"), NOISE, 0.0),
     "GIF": (encoded(NOISE, "GIF"), NOISE, 0.0),
     "BMP": (encoded(NOISE, "BMP"), NOISE, 0.0),
@@ -309,7 +315,10 @@ PICTURES = {
 
 
 def _damaged(number: int, rng: random.Random) -> tuple[Specimen, bytes]:
-    """One of the kinds of damage, in turn; what is left of a PNG or is cut off reads right or not at all."""
+    """Return a file with damage; the kinds of damage alternate.
+
+    A damaged PNG and a truncated file must be read correctly or refused.
+    """
     kinds = ("png-flip", "cut", "flip", "dicom-flip", "dicom-cut", "png-hole", "whole", "noise")
     kind = kinds[number % len(kinds)]
     groups: dict[str, Sequence[str]] = {
@@ -328,12 +337,12 @@ def _damaged(number: int, rng: random.Random) -> tuple[Specimen, bytes]:
 
 
 def cut(data: bytes, rng: random.Random) -> bytes:
-    """The beginning of `data`."""
+    """Return a random part of `data` from its beginning."""
     return data[: rng.randrange(1, len(data))]
 
 
 def flipped(data: bytes, rng: random.Random) -> bytes:
-    """`data` with one to three bits turned."""
+    """Return `data` with one to three flipped bits."""
     changed = bytearray(data)
     for place in rng.sample(range(len(data) * 8), rng.choice((1, 1, 2, 3))):
         changed[place // 8] ^= 1 << place % 8
@@ -341,6 +350,6 @@ def flipped(data: bytes, rng: random.Random) -> bytes:
 
 
 def holed(data: bytes, rng: random.Random) -> bytes:
-    """`data` without some bytes of its middle."""
+    """Return `data` without some bytes in the middle."""
     start = rng.randrange(8, len(data) - 20)
     return data[:start] + data[start + rng.randrange(1, 16) :]
