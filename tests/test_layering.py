@@ -101,3 +101,10 @@ def test_contributing_names_every_layer() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_files_stay_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+
+
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE.parent / "tools").rglob("*.py")), ids=lambda p: f"{p.parent.name}/{p.name}"
+)
+def test_tools_import_nothing_from_tests(path: Path) -> None:
+    assert [name for name in _imports(path, at_runtime=False) if name.split(".")[0] == "tests"] == []
