@@ -21,7 +21,8 @@ from covid_cls.models.losses import (
     softmax_focal_loss,
 )
 
-GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)
+# Far beyond the range of exp() in float32 and float64: a probability is exactly 0 or 1, its logarithm is not.
+HUGE = 1e4
 SOFTMAX = TASKS["three_class"].targets
 SIGMOID = TASKS["three_class_multilabel"].targets
 # Three images whose true classes get .7, .8 and .4.
@@ -58,8 +59,7 @@ def test_sigmoid_focal_loss_has_the_known_value(
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("gamma", GAMMAS)
-@pytest.mark.parametrize("alpha", [None, 0.25, 0.75])
+@pytest.mark.parametrize(("gamma", "alpha"), [(0.0, None), (0.5, 0.75), (2.0, 0.25), (5.0, None)])
 def test_sigmoid_focal_loss_is_torchvisions(gamma: float, alpha: float | None) -> None:
     logits, y = random_logits()
     targets = torch.tensor(SIGMOID, dtype=torch.float32)[y]
@@ -87,7 +87,7 @@ def test_focal_alpha_is_averaged_plainly_while_weighted_cross_entropy_divides_by
     assert divided.item() == pytest.approx(0.4631960, abs=1e-6)
 
 
-@pytest.mark.parametrize("spread", [0.1, 3.0, 30.0])
+@pytest.mark.parametrize("spread", [3.0, 30.0])
 def test_gamma_zero_is_cross_entropy(spread: float) -> None:
     logits, y = random_logits(spread=spread)
     targets = torch.tensor(SIGMOID, dtype=torch.float32)[y]
@@ -109,7 +109,7 @@ def naive_gradient(logits: Tensor, y: Tensor, gamma: float, *, multilabel: bool)
     return wide.grad
 
 
-@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
 @pytest.mark.parametrize("multilabel", [False, True])
 def test_the_gradient_is_that_of_the_formula(gamma: float, multilabel: bool) -> None:
     logits, y = random_logits(spread=2.0)
@@ -120,30 +120,26 @@ def test_the_gradient_is_that_of_the_formula(gamma: float, multilabel: bool) -> 
     torch.testing.assert_close(logits.grad.double(), expected, rtol=1e-3, atol=1e-7)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("gamma", GAMMAS)
-@pytest.mark.parametrize("size", [20.0, 200.0, 1e4])
-@pytest.mark.parametrize("right", [True, False])
-def test_a_sure_network_has_a_finite_softmax_loss_and_gradient(gamma: float, size: float, right: bool) -> None:
-    logits = torch.tensor([[size, -size, -size]], requires_grad=True)
+# A right answer has 1 - p = 0, whose power has an infinite derivative for gamma below 1 (and no other gamma); a wrong
+# answer has p = 0, whose logarithm is infinite: once without the factor (1 - p)^gamma, and once with it.
+@pytest.mark.parametrize(("gamma", "right"), [(0.5, True), (0.0, False), (2.0, False)])
+def test_a_sure_network_has_a_finite_softmax_loss_and_gradient(gamma: float, right: bool) -> None:
+    logits = torch.tensor([[HUGE, -HUGE, -HUGE]], requires_grad=True)
     loss = softmax_focal_loss(logits, torch.tensor([0 if right else 1]), gamma)
     loss.backward()
-    expected, gradient = (0.0, [[0.0, 0.0, 0.0]]) if right else (2 * size, [[1.0, -1.0, 0.0]])
+    expected, gradient = (0.0, [[0.0, 0.0, 0.0]]) if right else (2 * HUGE, [[1.0, -1.0, 0.0]])
     assert loss.item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
     torch.testing.assert_close(logits.grad, torch.tensor(gradient), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("gamma", GAMMAS)
-@pytest.mark.parametrize("size", [20.0, 200.0, 1e4])
+@pytest.mark.parametrize(("gamma", "right"), [(0.5, True), (0.0, False), (2.0, False)])
 @pytest.mark.parametrize("target", [0.0, 1.0])
-@pytest.mark.parametrize("right", [True, False])
-def test_a_sure_network_has_a_finite_sigmoid_loss_and_gradient(
-    gamma: float, size: float, target: float, right: bool
-) -> None:
+def test_a_sure_network_has_a_finite_sigmoid_loss_and_gradient(gamma: float, target: float, right: bool) -> None:
     towards = 1.0 if target else -1.0
-    logits = torch.tensor([[size * towards * (1 if right else -1)]], requires_grad=True)
+    logits = torch.tensor([[HUGE * towards * (1 if right else -1)]], requires_grad=True)
     loss = sigmoid_focal_loss(logits, torch.tensor([[target]]), gamma)
     loss.backward()
-    assert loss.item() == pytest.approx(0.0 if right else size, rel=1e-6, abs=1e-6)
+    assert loss.item() == pytest.approx(0.0 if right else HUGE, rel=1e-6, abs=1e-6)
     torch.testing.assert_close(logits.grad, torch.tensor([[0.0 if right else -towards]]), atol=1e-5, rtol=1e-5)
 
 
@@ -202,6 +198,9 @@ def test_sigmoid_alpha_by_inverse_frequency_is_the_seeds() -> None:
     assert criterion.weights is not None
     assert criterion.weights.tolist() == pytest.approx([0.8764, 0.0438, 0.0797], abs=1e-4)
     assert criterion.weights.sum().item() == pytest.approx(1.0)
+    logits, y = random_logits()
+    targets = torch.tensor(SIGMOID, dtype=torch.float32)[y]
+    torch.testing.assert_close(criterion(logits, y), sigmoid_focal_loss(logits, targets, 2.0, criterion.weights))
 
 
 @pytest.mark.parametrize(
@@ -236,9 +235,15 @@ def test_multilabel_inverse_frequency_is_negatives_over_positives() -> None:
 
 
 @pytest.mark.parametrize(
-    ("y", "target"), [(0, [1.0, 0.0, 1.0]), (1, [0.0, 1.0, 0.0]), (2, [0.0, 0.0, 1.0])], ids=["covid", "normal", "pneu"]
+    ("name", "y", "target"),
+    [
+        ("ce", 0, [1.0, 0.0, 1.0]),
+        ("ce", 1, [0.0, 1.0, 0.0]),
+        ("ce", 2, [0.0, 0.0, 1.0]),
+        ("focal", 0, [1.0, 0.0, 1.0]),
+    ],
+    ids=["ce-covid", "ce-normal", "ce-pneumonia", "focal-covid"],
 )
-@pytest.mark.parametrize("name", ["ce", "focal"])
 def test_multilabel_covid_is_a_pneumonia_too(name: str, y: int, target: list[float]) -> None:
     logits = torch.tensor([[1.5, -0.5, 0.25]])
     loss = Criterion(name, SIGMOID, [5, 5, 10], 15, True)(logits, torch.tensor([y]))
@@ -254,9 +259,12 @@ def test_multilabel_weights_weigh_positives_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"name": "ce", "class_weights": "inverse_frequency"}, {"name": "focal", "alpha": [0.5, 0.3, 0.2]}]
+    ("settings", "multilabel"),
+    [
+        ({"name": "ce", "class_weights": "inverse_frequency"}, False),
+        ({"name": "focal", "alpha": [0.5, 0.3, 0.2]}, True),
+    ],
 )
-@pytest.mark.parametrize("multilabel", [False, True])
 def test_weights_are_buffers_and_never_trained(settings: dict[str, object], multilabel: bool) -> None:
     criterion = Criterion(targets=SOFTMAX, counts=[5, 5, 10], images=20, multilabel=multilabel, **settings)  # type: ignore[arg-type]
     assert not list(criterion.parameters())
