@@ -98,11 +98,6 @@ def test_contributing_names_every_layer() -> None:
     assert [name for name in sorted(present) if f"`{name}`" not in text] == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_files_stay_short(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
-
-
 @pytest.mark.parametrize(
     "path", sorted((PACKAGE.parent / "tools").rglob("*.py")), ids=lambda p: f"{p.parent.name}/{p.name}"
 )
