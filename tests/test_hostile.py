@@ -16,7 +16,7 @@ from covid_cls.command import conf_folder, plain
 from covid_cls.errors import InputError
 from covid_cls.records import read_json
 from covid_cls.targets import check_compositions, check_targets
-from tests.conftest import ROOT, SMALL, starter
+from tests.conftest import ROOT, SMALL, Command, starter
 from tests.training.small import compose_small
 
 # What Hydra 1.3.8 refuses itself, what it lets through, and ways around a check of prefixes.
@@ -219,19 +219,18 @@ def test_what_recipes_are_for_goes_through(recipes: Path) -> None:
         ([], 'seed: !!python/object/apply:os.system ["touch marker"]'),
     ],
 )
-def test_a_command_refuses_it_in_one_line(
-    words: list[str], text: str, environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_command_refuses_it_in_one_line(words: list[str], text: str, train: Command, tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "evil.yaml").write_text("# @package _global_\n" + text, encoding="utf-8")
     (tmp_path / "hostile_module.py").write_text("from pathlib import Path\nPath('marker').touch()\nrun = print\n")
-    done = starter("train", environment)(tmp_path, *words, "--config-dir", str(tmp_path), *SMALL, "experiment=evil")
+    done = train(tmp_path, *words, "--config-dir", str(tmp_path), *SMALL, "experiment=evil")
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ")
     assert not (tmp_path / "marker").exists()
 
 
+@pytest.mark.slow(reason="what runs code must not do so in this process")
 def test_the_marker_of_the_test_before_can_appear(environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "hostile_module.py").write_text("from pathlib import Path\nPath('marker').touch()\nrun = print\n")
     script = "from hydra.utils import instantiate; instantiate({'_target_': 'hostile_module.run'})"
@@ -239,9 +238,9 @@ def test_the_marker_of_the_test_before_can_appear(environment: dict[str, str], t
     assert (tmp_path / "marker").exists()
 
 
-def test_results_stay_below_the_output_root(environment: dict[str, str], tmp_path: Path) -> None:
+def test_results_stay_below_the_output_root(train: Command, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
-    done = starter("train", environment)(tmp_path / "here", *SMALL, "name=../../evil")
+    done = train(tmp_path / "here", *SMALL, "name=../../evil")
     assert done.returncode == 2, done.stdout
     assert "name=../../evil" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -299,6 +298,7 @@ def listened(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
     return {**environment, "PYTHONPATH": paths, "SOCKETS": str(tmp_path / "sockets.txt")}
 
 
+@pytest.mark.slow(reason="a process of its own notes every socket, from its start on")
 def test_nothing_opens_a_socket(listened: dict[str, str], tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
@@ -306,14 +306,15 @@ def test_nothing_opens_a_socket(listened: dict[str, str], tmp_path: Path) -> Non
     done = starter("train", listened)(work, *words)
     assert done.returncode == 0, done.stderr
     (run,) = (work / "outputs" / "phantom").iterdir()
-    for command, option in {"evaluate": f"run={run}", "report": "runs=outputs/phantom"}.items():
-        done = starter(command, listened)(work, option, "resamples=100")
+    for name, option in {"evaluate": f"run={run}", "report": "runs=outputs/phantom"}.items():
+        done = starter(name, listened)(work, option, "resamples=100")
         assert done.returncode == 0, done.stderr
     heard = Path(listened["SOCKETS"]).read_text().splitlines()
     assert [line for line in heard if line.startswith("network")] == []
     assert heard  # TensorBoard was written, and a worker process served images
 
 
+@pytest.mark.slow(reason="a process of its own notes every socket, from its start on")
 @pytest.mark.parametrize("start", ["spawn", "fork"])
 def test_the_listener_hears_a_socket_in_a_child_process(start: str, listened: dict[str, str], tmp_path: Path) -> None:
     script = f"""

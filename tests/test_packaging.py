@@ -23,6 +23,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+@pytest.mark.slow(reason="builds a wheel")
 def test_the_wheel_holds_every_configuration_file_and_nothing_foreign(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     here = {path.relative_to(ROOT / "conf").as_posix() for path in (ROOT / "conf").rglob("*.yaml")}
@@ -33,6 +34,7 @@ def test_the_wheel_holds_every_configuration_file_and_nothing_foreign(wheel: Pat
     assert "covid_cls/py.typed" in names
 
 
+@pytest.mark.slow(reason="builds a wheel")
 def test_a_command_runs_from_the_wheel_in_an_empty_folder(
     wheel: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -125,6 +127,7 @@ def test_ci_says_that_a_mirror_without_the_service_audits_nothing(tmp_path: Path
     assert "audit: skipped, the network failed: the service answers for none" in done.stdout
 
 
+@pytest.mark.slow(reason="runs pip-audit")
 def test_ci_passes_and_says_so_where_the_network_is_down(tmp_path: Path, environment: dict[str, str]) -> None:
     # the real pip-audit; port 9 discards, and nobody listens there
     proxy = dict.fromkeys(("HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy"), "http://127.0.0.1:9")

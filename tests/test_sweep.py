@@ -27,15 +27,15 @@ CELL = """
 import os, signal, sys, time
 from pathlib import Path
 word = sys.argv[1]
-print("this is", word)
+print("this is", word, flush=True)
 if word == "raise": raise ValueError("planted")
 if word.isdigit(): sys.exit(int(word))
 if word == "kill": os.kill(os.getpid(), signal.SIGKILL)
-if word == "wait": time.sleep(60)
+if word == "wait": time.sleep(600)
 if word == "gpu":
     with Path("used.txt").open("a") as file:
         file.write(f"+{os.environ['CUDA_VISIBLE_DEVICES']}\\n"); file.flush()
-        time.sleep(0.5)
+        while Path("used.txt").read_text().count("+") < 4: time.sleep(0.02)  # until every slot has been taken
         file.write(f"-{os.environ['CUDA_VISIBLE_DEVICES']}\\n")
 """
 
@@ -96,8 +96,14 @@ def test_no_gpu_is_shared_by_more_cells_than_it_has_slots(sweep: Sweep) -> None:
 
 
 def test_a_signal_ends_the_running_cell_and_starts_no_more(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
-    timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
+    log = sweep.folder / "job-0.log"
+
+    def kill() -> None:
+        while not (log.is_file() and "this is wait" in log.read_text()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=kill, daemon=True).start()
     assert run_cell("cell", ["wait"], sweep.folder, 0)["status"] == "stopped"
     assert run_cell("cell", ["fine"], sweep.folder, 1)["status"] == "not started"
     assert sweep.close() == 143
@@ -132,9 +138,10 @@ def test_gpus_are_named_as_cuda_names_them() -> None:
     assert visible_gpus("auto")[0] == os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 
-def test_a_sweep_runs_its_cells_and_goes_on_past_a_fault(train: Command, tmp_path: Path) -> None:
+@pytest.mark.slow(reason="a sweep starts a process for each run")
+def test_a_sweep_runs_its_cells_and_goes_on_past_a_fault(train_process: Command, tmp_path: Path) -> None:
     words = ("-m", *SMALL, "trainer.max_epochs=1", "loss=ce,focal", "preprocess.sd=0.2,0.0", "test=false", "name=sweep")
-    done = train(tmp_path, *words)
+    done = train_process(tmp_path, *words)
     assert done.returncode == 2, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith(("failed: ", "    "))]
     assert said[0].startswith("failed: loss=ce preprocess.sd=0.0: exit code 2; ")
@@ -147,17 +154,18 @@ def test_a_sweep_runs_its_cells_and_goes_on_past_a_fault(train: Command, tmp_pat
     assert {record(cell)["status"] for cell in found} == {"finished"}
     assert not list(found[0].glob("predictions-test.csv"))
     before = [(cell / "run.json").stat().st_mtime_ns for cell in found]
-    again = train(tmp_path, *words)
+    again = train_process(tmp_path, *words)
     assert again.returncode == 2
     assert again.stdout.count("finished before: outputs/sweep/binary-resnet18-") == 2
     assert again.stdout.count("] $ ") == 2  # processes for the two that failed alone
     assert [(cell / "run.json").stat().st_mtime_ns for cell in found] == before
 
 
-def test_submitit_runs_cells_even_of_several_processes(train: Command, tmp_path: Path) -> None:
+@pytest.mark.slow(reason="a sweep starts a process for each run")
+def test_submitit_runs_cells_even_of_several_processes(train_process: Command, tmp_path: Path) -> None:
     words = [word for word in SMALL if word != "trainer=cpu"]
     ddp = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_epochs=1")
-    done = train(tmp_path, "-m", "hydra/launcher=submitit_local", *words, *ddp, "seed=4", "strategy=fc")
+    done = train_process(tmp_path, "-m", "hydra/launcher=submitit_local", *words, *ddp, "seed=4", "strategy=fc")
     assert done.returncode == 0, done.stderr
     (cell,) = cells(tmp_path)
     assert record(cell)["status"] == "finished"
@@ -165,11 +173,13 @@ def test_submitit_runs_cells_even_of_several_processes(train: Command, tmp_path:
     assert Path(read_json(job)["cell"]) == cell.relative_to(tmp_path)
 
 
+@pytest.mark.slow(reason="a sweep starts a process for each run")
 def test_a_sweep_names_what_failed_and_does_only_that_again(tmp_path: Path) -> None:
     outcome = soak_sweep(5, tmp_path)
     assert outcome.held, outcome
 
 
+@pytest.mark.slow(reason="a sweep starts a process for each run")
 def test_a_preempted_job_is_started_again_and_goes_on(environment: dict[str, str], tmp_path: Path) -> None:
     words = [*SMALL, "trainer.max_epochs=40", "callbacks=no_early_stopping", "probes=false", "logger=none", "seed=0"]
     process = start("train", tmp_path, environment, "-m", "hydra/launcher=submitit_local", *words, "test=false")
@@ -180,7 +190,7 @@ def test_a_preempted_job_is_started_again_and_goes_on(environment: dict[str, str
     for child in psutil.Process(process.pid).children(recursive=True):  # as Slurm does: to each process of the job
         if "submitit.core._submit" in child.cmdline() or "hydra.mode=RUN" in child.cmdline():
             child.send_signal(signal.SIGUSR2)
-    _, errors = process.communicate(timeout=240)
+    _, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "epoch 1/40" not in printed(tmp_path)  # of the job that was put back
     assert "epoch 40/40" in printed(tmp_path)
@@ -228,23 +238,25 @@ def jobs(folder: Path) -> list[dict[str, Any]]:
     return [read_json(path) for path in sorted(folder.glob("outputs/sweeps/*/job-*.json"))]
 
 
+@pytest.mark.slow(reason="signals and kills end the processes of a sweep")
 def test_ctrl_c_stops_a_sweep_that_goes_on(
-    two_at_once: tuple[subprocess.Popen[str], list[str]], train: Command, tmp_path: Path
+    two_at_once: tuple[subprocess.Popen[str], list[str]], train_process: Command, tmp_path: Path
 ) -> None:
     process, words = two_at_once
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does: to every process of the group
-    out, errors = process.communicate(timeout=120)
+    out, errors = process.communicate()
     assert process.returncode == 130, errors
     assert "2 stopped, 1 not started" in out
     assert "Traceback" not in out + errors
     assert {record(cell)["status"] for cell in cells(tmp_path)} == {"interrupted"}
-    again = train(tmp_path, *words)
+    again = train_process(tmp_path, *words)
     assert again.returncode == 0, again.stderr
     assert "epoch 1/40" not in "".join(line for line in again.stdout.splitlines() if line.startswith(("[0]", "[1]")))
     assert {record(cell)["status"] for cell in cells(tmp_path)} == {"finished"}
     assert len(cells(tmp_path)) == 3
 
 
+@pytest.mark.slow(reason="signals and kills end the processes of a sweep")
 def test_a_killed_sweep_leaves_no_process_running(
     two_at_once: tuple[subprocess.Popen[str], list[str]], tmp_path: Path
 ) -> None:
