@@ -109,7 +109,7 @@ def test_how_a_process_fails_is_told(function: Any, argument: Any, kind: type[Ex
 
 def test_a_command_is_ended_at_its_line(tmp_path: Path) -> None:
     mark = tmp_path / "reached"
-    code = f"print('first step', flush=True); import time; time.sleep(600); open({str(mark)!r}, 'w')"
+    code = f"print('first step', flush=True); import signal; signal.pause(); open({str(mark)!r}, 'w')"
     assert seconds_to_line([sys.executable, "-c", code], "first step") > 0
     assert not mark.exists()
 
