@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -11,11 +12,13 @@ import torch
 from torch import nn
 
 import covid_cls
+from covid_cls.artifact import exported as exported_module
 from covid_cls.artifact.exported import (
     FORMATS,
     METADATA,
     TOLERANCE,
     Canvas,
+    Run,
     batches_of,
     export_model,
     largest_difference,
@@ -178,17 +181,26 @@ def test_images_of_one_size_are_a_batch() -> None:
     np.testing.assert_array_equal(batches[0][:, 0], [a, c])
 
 
-def test_speed_counts_images() -> None:
-    calls: list[int] = []
+def test_speed_is_images_by_the_median_second_without_the_first_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = 0.0, []
 
-    def run(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        calls.append(len(images))
-        return np.zeros(1), np.zeros(1)
+    def taking(name: str, *seconds: float) -> Run:
+        """A run that takes these seconds, one after the other and the last for ever after."""
+        left = list(seconds)
 
-    speed = measure_speed(run, run, 3)
-    assert speed.model > 3
-    assert speed.exported > 3
-    assert set(calls) == {3}
+        def run(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            nonlocal now
+            now += left.pop(0) if len(left) > 1 else left[0]
+            calls.append((name, len(images)))
+            return np.zeros(1), np.zeros(1)
+
+        return run
+
+    monkeypatch.setattr(exported_module, "time", SimpleNamespace(perf_counter=lambda: now))
+    speed = measure_speed(taking("model", 100, 50, 0.5), taking("exported", 100, 0.25), 3)
+    assert speed == (3, 6.0, 12.0)
+    assert set(calls) == {("model", 3), ("exported", 3)}
+    assert [name for name, _ in calls] == ["model", "exported"] * (len(calls) // 2)
 
 
 @pytest.mark.real

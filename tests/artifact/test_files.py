@@ -276,5 +276,5 @@ def test_five_lines_of_python_need_no_network_and_no_hydra(whole: Path) -> None:
         "assert list(table['image_id']) == ['0'] and 0 <= table['prob_covid'][0] <= 1\n"
         "assert not {'hydra', 'omegaconf'} & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

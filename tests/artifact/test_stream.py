@@ -1,7 +1,7 @@
 """Images go through in order, decoded ahead of the network, with the numbers of the run and without growing."""
 
 import os
-import time
+import threading
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,14 +80,15 @@ def test_images_are_asked_for_only_a_few_batches_ahead(model: Model) -> None:
             asked += 1
             yield str(k), np.random.default_rng(k).integers(0, 256, (40, 40), np.uint8)
 
+    threads = set(threading.enumerate())
     tables = predict_pictures(model, pictures(), batch_size=4)
     for k in range(1, 6):
         next(tables)
         assert asked <= 4 * (k + 3)
-    began = time.monotonic()
-    tables.close()  # what a Ctrl-C does: nothing is left waiting
-    assert time.monotonic() - began < 5
-    assert asked < 100
+    before = asked
+    tables.close()  # what a Ctrl-C does
+    assert asked == before  # it asks for nothing more, and leaves no thread that waits
+    assert set(threading.enumerate()) <= threads
 
 
 def test_memory_does_not_grow_with_the_number_of_images(model: Model, tmp_path: Path) -> None:
@@ -96,15 +97,16 @@ def test_memory_does_not_grow_with_the_number_of_images(model: Model, tmp_path: 
 
     def peak(images: int) -> int:
         tracemalloc.start()
-        for _ in predict_pictures(model, ((str(k), path) for k in range(images)), batch_size=8):
-            pass
-        most = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return most
+        try:
+            for _ in predict_pictures(model, ((str(k), path) for k in range(images)), batch_size=8):
+                pass
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
 
-    peak(32)  # imports and caches
-    few, many = peak(64), peak(640)
-    assert many < 3 * few  # 576 images more, if kept, would add 52 MB
+    peak(16)  # imports and caches
+    few, many = peak(32), peak(256)
+    assert many - few < 5e6  # 224 images more, if kept, would add 20 MB
 
 
 def test_an_unreadable_file_is_a_row_and_spoils_no_other(
