@@ -1,20 +1,23 @@
 """A run's folder is named by what decides its numbers, held by one process, and says how far it came."""
 
 import copy
+import itertools
 import logging
 import os
+import re
 import shutil
-import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+from filelock import SoftFileLease
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import covid_cls
@@ -25,7 +28,7 @@ from covid_cls.training.identity import cell_name, code_digest
 from covid_cls.training.run import open_run
 from tests.training.small import compose_small
 from tools.soak.crowd import Member
-from tools.soak.starts import starts
+from tools.soak.starts import start
 
 HOST = socket.gethostname()
 
@@ -219,6 +222,9 @@ def test_the_last_checkpoint_is_what_a_run_goes_on_from(settings: dict[str, Any]
         assert torch.equal(found["state_dict"]["weight"], torch.ones(2))
 
 
+HOUR = 3600.0  # no test is so slow that a process which lives is taken for dead meanwhile
+
+
 def hold(connection: Connection, root: Path, settings: dict[str, Any], host: str, silence: float) -> None:
     """In a process of its own, which believes to be on `host`: trains the cell until it is told."""
     socket.gethostname = lambda: host
@@ -230,11 +236,11 @@ def hold(connection: Connection, root: Path, settings: dict[str, Any], host: str
 
 
 @contextmanager
-def holder(root: Path, settings: dict[str, Any], host: str = HOST, silence: float = 60) -> Iterator[Member]:
+def holder(root: Path, settings: dict[str, Any], host: str = HOST, silence: float = lock._SILENCE) -> Iterator[Member]:
     """A process that trains the cell."""
     member = Member(hold, root, settings, host, silence)
     try:
-        assert member.answer() == "holding"
+        assert member.connection.recv() == "holding"
         yield member
     finally:
         member.kill()
@@ -247,7 +253,7 @@ def refusal(root: Path, settings: dict[str, Any], *, rerun: bool = False) -> str
 
 
 def test_a_second_process_on_the_same_cell_is_refused_until_the_first_is_gone(
-    settings: dict[str, Any], tmp_path: Path
+    settings: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     with holder(tmp_path, settings) as other:
         (record,) = tmp_path.glob("*/run.json")
@@ -260,6 +266,7 @@ def test_a_second_process_on_the_same_cell_is_refused_until_the_first_is_gone(
             )
         assert record.read_bytes() == before
         other.kill()
+        request.getfixturevalue("patient")
         with open_run(tmp_path, settings, "d") as run:  # at once
             assert run.record["status"] == "running"  # it could not say that it was killed
             assert not run.finished
@@ -270,40 +277,111 @@ def test_a_second_process_on_the_same_cell_is_refused_until_the_first_is_gone(
     assert [entry.name for entry in tmp_path.iterdir()] == [run.folder.name]  # no lock is left
 
 
-def test_a_process_on_another_host_is_refused_for_as_long_as_it_gives_signs_of_life(
+def after_each_look(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], None]) -> None:
+    """Whenever this process has looked for a sign of life in a lock, let something happen before it looks again."""
+    look = lock._touched
+
+    def looked(lease: SoftFileLease) -> int | None:
+        found = look(lease)
+        happens()
+        return found
+
+    monkeypatch.setattr(lock, "_touched", looked)
+
+
+def test_a_process_on_another_host_that_gives_a_sign_of_life_is_not_followed(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("covid_cls.training.lock._SILENCE", 3.0)
-    with holder(tmp_path, settings, "node7", 3.0) as other:
-        start = time.monotonic()
+    monkeypatch.setattr(lock, "_SILENCE", HOUR)
+    with holder(tmp_path, settings, "node7", HOUR) as other:
+        (marker,) = tmp_path.glob(".*.lock")
+        seconds = itertools.count(int(marker.stat().st_mtime) + 1)
+        after_each_look(monkeypatch, lambda: os.utime(marker, (now := next(seconds), now)))  # as its heartbeat does
         assert f"process {other.process.pid} on host node7 (since " in refusal(tmp_path, settings)
-        assert time.monotonic() - start < 3
+
+
+def test_a_process_on_another_host_is_followed_after_its_silence_and_not_before(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, hours = time.monotonic, 0
+
+    def an_hour_later() -> None:
+        nonlocal hours
+        hours += 1
+
+    monkeypatch.setattr(lock, "_SILENCE", HOUR)
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + hours * HOUR)  # by which filelock measures the silence
+    after_each_look(monkeypatch, an_hour_later)
+    with holder(tmp_path, settings, "node7", HOUR) as other:
         other.kill()
-        start = time.monotonic()
         with open_run(tmp_path, settings, "d") as run:
             assert run.record["host"] == "node7"
-            assert 2 < time.monotonic() - start < 9
+    assert hours > 0
+    assert f"process {other.process.pid} on host node7 has this lock; waiting up to 3600 s" in caplog.text
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process asks for a lock until it has it: on a busy machine half a second can be too short."""
+
+    class Patient(SoftFileLease):
+        def acquire(self, timeout: float | None = None, **options: Any) -> Any:
+            return super().acquire(-1, **options)
+
+    monkeypatch.setattr(lock, "SoftFileLease", Patient)
 
 
 def test_who_was_taken_for_dead_ends_and_writes_no_more(
-    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patient: None
 ) -> None:
-    monkeypatch.setattr("covid_cls.training.lock._SILENCE", 1.0)
+    monkeypatch.setattr(lock, "_SILENCE", 1.0)
     with holder(tmp_path, settings, "node7", 1.0) as other:
-        assert other.process.pid
-        os.kill(other.process.pid, signal.SIGSTOP)
+        process = psutil.Process(other.process.pid)
+        process.suspend()
+        while process.status() != psutil.STATUS_STOPPED:
+            pass
         with open_run(tmp_path, settings, "d") as run:
-            os.kill(other.process.pid, signal.SIGCONT)
-            other.process.join(20)
+            process.resume()
+            other.process.join()
             assert other.process.exitcode == 1
             assert "written" not in read_json(run.folder / "run.json")
             with run.training():
                 pass
 
 
-def test_many_starts_at_once_leave_each_cell_one_process(tmp_path: Path) -> None:
-    outcome = starts(8, tmp_path)
-    assert outcome.held, outcome
+def started_at_once(root: Path, each: list[dict[str, Any]]) -> tuple[list[Member], list[str], list[str]]:
+    """A process for each of these settings, all told to start together; who may train, and what each was told.
+
+    That is the run's folder for those who may, and the refusal for the others.
+    """
+    members = [Member(start, root, settings) for settings in each]
+    for member in members:
+        member.connection.send((0.0, None))  # a moment that is past
+    answers = [member.connection.recv() for member in members]
+    holders = [member for member, (holds, _) in zip(members, answers, strict=True) if holds]
+    folders, refusals = ([told for holds, told in answers if holds == wanted] for wanted in (True, False))
+    for member in members:
+        if member not in holders:
+            member.process.join()
+    return holders, folders, refusals
+
+
+def test_many_starts_at_once_leave_each_run_one_process(settings: dict[str, Any], tmp_path: Path) -> None:
+    for _ in range(2):  # the second time its last process was killed
+        (one,), (folder,), refusals = started_at_once(tmp_path, [settings] * 5)
+        assert len(refusals) == 4
+        # A process that has the lock and has not yet put its name into it is "another process".
+        who = f"(process {one.process.pid} on host {re.escape(HOST)}.*|another process) is training this very cell"
+        assert all(re.search(who, refusal) for refusal in refusals), refusals
+        assert read_json(Path(folder) / "run.json")["pid"] == one.process.pid
+        one.kill()
+    holders, folders, refusals = started_at_once(tmp_path, [changed_at(settings, "seed", 1 + k) for k in range(3)])
+    assert refusals == []
+    assert len(set(folders)) == 3
+    for one in holders:
+        one.connection.send(None)
+        one.process.join()
+    assert {read_json(Path(folder) / "run.json")["status"] for folder in folders} == {"finished"}
 
 
 def test_a_second_opening_in_the_same_process_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
