@@ -5,9 +5,12 @@ import os
 import pickle
 import re
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,14 @@ import pytest
 import torch
 
 from covid_cls.errors import InputError
+from covid_cls.records import remove_scratch
+from covid_cls.training import checkpoints
 from covid_cls.training.checkpoints import WholeCheckpointIO, load_classifier, newest_good, read_checkpoint
 from covid_cls.training.classifier import Classifier
 from covid_cls.training.predict import predict_split
 from tests.training.small import compose_small, make_classifier, make_data, make_trainer, snapshot
+from tools.soak.crowd import Member
 from tools.soak.flips import flips
-from tools.soak.outcome import Outcome
-from tools.soak.saves import saves
 
 ROOT = Path(__file__).parents[2]
 
@@ -264,26 +268,29 @@ def flip(path: Path, place: int) -> None:
         file.write(bytes([byte ^ 0x10]))
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """No file may grow beyond 64 KiB: what a full disk does in the middle of a save."""
+    """No file may grow beyond 64 KiB: what a full disk does in the middle of a save.
+
+    Only for the save itself: the limit also holds for the file that pytest's own output goes to.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("existing", [True, False])
-def test_a_full_disk_costs_the_newest_checkpoint_and_says_what_it_needs(
-    existing: bool, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_full_disk_costs_the_newest_checkpoint_and_says_what_it_needs(existing: bool, tmp_path: Path) -> None:
     io, path = WholeCheckpointIO(), tmp_path / "last.ckpt"
     if existing:
         io.save_checkpoint(numbered(0), path)
         io.save_checkpoint(numbered(1), path)
     before = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()}
-    request.getfixturevalue("small_files")
-    with pytest.raises(InputError, match=r"last\.ckpt: cannot be written \(File too large\): 1,048,576 bytes") as error:
+    says = r"last\.ckpt: cannot be written \(File too large\): 1,048,576 bytes"
+    with pytest.raises(InputError, match=says) as error, small_files():
         io.save_checkpoint({**numbered(2), "state_dict": {"w": torch.rand(1 << 18)}}, path)
     assert re.search(r"needed and [\d,]+ are free", str(error.value))
     assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before
@@ -380,7 +387,52 @@ def test_a_file_system_without_hard_links_keeps_the_previous_checkpoint_too(
     assert [read_checkpoint(tmp_path / name)["epoch"] for name in ("previous.ckpt", "last.ckpt")] == [1, 2]
 
 
-@pytest.mark.parametrize("soak", [saves, flips], ids=lambda soak: soak.__name__)
-def test_a_few_rounds_of_the_soak(soak: Callable[[int, Path], Outcome], tmp_path: Path) -> None:
-    outcome = soak(6, tmp_path)
+def test_a_changed_byte_is_recognised_and_the_checkpoint_before_is_used(tmp_path: Path) -> None:
+    outcome = flips(6, tmp_path)
     assert outcome.held, outcome
+
+
+# Where a save is held: the function that it has come to, and whether that has been called; then the last checkpoint's
+# epoch, and how many scratch files are left.
+MOMENTS: dict[str, tuple[Any, str, bool, int, int]] = {
+    "a part is written": (checkpoints._Digesting, "write", True, 1, 1),
+    "all is written": (checkpoints, "_keep_previous", False, 1, 1),
+    "the one before is kept": (checkpoints, "_keep_previous", True, 1, 1),
+    "the new one is in its place": (Path, "replace", True, 2, 0),
+}
+
+
+def hold_in_save(connection: Connection, folder: Path, moment: str) -> None:
+    """In a process of its own: saves epochs 0 and 1, and stays at `moment` of the save of epoch 2."""
+    io = WholeCheckpointIO()
+    for epoch in (0, 1):
+        io.save_checkpoint(numbered(epoch), folder / "last.ckpt")
+    owner, name, called, _, _ = MOMENTS[moment]
+    function = getattr(owner, name)
+
+    def then_stay(*arguments: Any) -> None:
+        if called:
+            function(*arguments)
+        connection.send("held")
+        signal.pause()
+
+    setattr(owner, name, then_stay)
+    io.save_checkpoint(numbered(2), folder / "last.ckpt")
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_save_that_is_killed_leaves_the_old_checkpoint_or_the_new_one(moment: str, tmp_path: Path) -> None:
+    saver = Member(hold_in_save, tmp_path, moment)
+    assert saver.connection.recv() == "held"
+    saver.kill()
+    *_, epoch, scratch = MOMENTS[moment]
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    path, contents, warnings = newest_good(tmp_path)
+    assert (path, contents["epoch"], warnings) == (last, epoch, [])
+    assert len([entry for entry in tmp_path.iterdir() if entry.suffix != ".ckpt"]) == scratch
+    remove_scratch(tmp_path)  # as the next start does
+    assert {entry.name for entry in tmp_path.iterdir()} == {last.name, previous.name}
+    io = WholeCheckpointIO()
+    io.load_checkpoint(last)
+    io.save_checkpoint(numbered(3), last)
+    assert [read_checkpoint(path)["epoch"] for path in (previous, last)] == [epoch, 3]
