@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 def audit(cfg: DictConfig) -> None:
     """Audit the data set that `cfg` names; audit.html and audit.json in `output`. Exits with 1 if a finding fails."""
+    settings = plain(cfg)
     # Imported late: --help and a misspelt key need no torch.
     from covid_cls.audits.collection import open_collection
     from covid_cls.audits.findings import gravest_first, verdict_line
@@ -30,7 +31,6 @@ def audit(cfg: DictConfig) -> None:
     from covid_cls.records import whole_file, write_json
     from covid_cls.reporting.audit_page import audit_page, audit_record
 
-    settings = plain(cfg)
     check_section("data", Radiographs, settings["data"])
     probing = {name: settings[name] for name in ("probes", "probe_folds", "seed")}
     check_section("audit", check_options, probing)

@@ -19,6 +19,7 @@ _REPLACED = ("output_root", "name", "rerun", "trainer.max_epochs")  # by time_st
 
 def benchmark(cfg: DictConfig) -> None:
     """Measure the cell that `cfg` describes; benchmark.json and benchmark.png in `output`, a table on the console."""
+    settings = plain(cfg)
     # Imported late: --help and a misspelt key need no torch.
     from covid_cls.models.losses import check_weighting
     from covid_cls.models.transforms import Augment
@@ -27,7 +28,6 @@ def benchmark(cfg: DictConfig) -> None:
     from covid_cls.training.features import fixed_views
     from covid_cls.training.sections import SECTIONS
 
-    settings = plain(cfg)
     for name, constructor in SECTIONS.items():
         check_section(name, constructor, settings[name])
     check_weighting(settings["loss"], settings["data"]["sampler"])

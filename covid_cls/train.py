@@ -16,21 +16,17 @@ log = logging.getLogger(__name__)
 
 def train(cfg: DictConfig) -> None:
     """Train the cell that `cfg` describes into its run folder; go on where an earlier start was stopped."""
+    settings = plain(cfg)
     # Imported late: --help, a misspelt key and the processes that decode images need no torch.
     from pytorch_lightning import seed_everything
     from pytorch_lightning.utilities import rank_zero_only
 
-    from covid_cls.audits.findings import gate
-    from covid_cls.cell import train_cell
     from covid_cls.evaluation.operating import fit_operating
     from covid_cls.models.losses import check_weighting
     from covid_cls.models.transforms import Augment
-    from covid_cls.reporting.results import report_lines
     from covid_cls.training.features import fixed_views
-    from covid_cls.training.run import open_run
     from covid_cls.training.sections import SECTIONS, read_data
 
-    settings = plain(cfg)
     for name, constructor in {**SECTIONS, "operating": fit_operating}.items():
         check_section(name, constructor, settings[name])
     check_name(settings["name"] or recipe())
@@ -40,6 +36,13 @@ def train(cfg: DictConfig) -> None:
     seed_everything(settings["seed"], workers=True, verbose=False)
     fixed_views(settings["feature_cache"], Augment(**settings["augment"]), settings["strategy"])
     data = read_data(settings)
+
+    # Imported when the data have been read, and any fault of them has been reported.
+    from covid_cls.audits.findings import gate
+    from covid_cls.cell import train_cell
+    from covid_cls.reporting.results import report_lines
+    from covid_cls.training.run import open_run
+
     root = Path(settings["output_root"]) / str(settings["name"] or recipe() or data.name)
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning hangs the rank on the function
     if not first:

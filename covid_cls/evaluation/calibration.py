@@ -5,12 +5,11 @@ Shapes: logit float (N, K) in the task's order, truth int (N,), prob and outcome
 
 import math
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import statsmodels.api as sm
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_softmax, logsumexp, softmax
 
@@ -125,6 +124,8 @@ def recalibration(
         return nothing
     if logit[positive].min() >= logit[~positive].max() or logit[positive].max() <= logit[~positive].min():
         return nothing
+    import statsmodels.api as sm  # 0.5 s, and training needs the rest of this module before it reads an image
+
     outcome, ones = positive.astype(np.float64), np.ones(len(logit))
     return {
         "slope": _coefficient(sm.GLM(outcome, np.column_stack([ones, logit]), sm.families.Binomial()), patients, level),
@@ -147,8 +148,8 @@ def _bins(prob: Floats, bins: int) -> Indices:
     return np.clip(np.ceil(prob * bins).astype(np.int64) - 1, 0, bins - 1)
 
 
-def _coefficient(model: sm.GLM, patients: Indices, level: float) -> Interval:
-    """The last coefficient of a model, with its interval."""
+def _coefficient(model: Any, patients: Indices, level: float) -> Interval:
+    """Return the last coefficient of a statsmodels GLM, with its interval."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what did not converge is nan below
         fit = model.fit(cov_type="cluster", cov_kwds={"groups": patients})

@@ -23,8 +23,8 @@ from covid_cls.evaluation.comparison import compare_cells
 from covid_cls.evaluation.delong import delong_interval
 from covid_cls.evaluation.intervals import proportion_interval, score_intervals
 from covid_cls.evaluation.metrics import decide
+from covid_cls.evaluation.predictions import truth_and_prob
 from covid_cls.evaluation.resampling import patient_codes, weighted_scores
-from covid_cls.evaluation.summary import truth_and_prob
 from covid_cls.labels import TASKS
 from covid_cls.records import prediction_columns
 
