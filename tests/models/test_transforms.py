@@ -66,32 +66,27 @@ def test_canvas_sizes(ranges: dict[str, float], crop: int, canvas: int) -> None:
     assert Augment(**ranges).canvas(crop) == canvas
 
 
-@pytest.mark.parametrize("crop", [32, 33, 63, 224, 299])
 @pytest.mark.parametrize(
-    "ranges",
-    [CXR, SEED, {"rotation": 45.0}, {"shift": 0.5}, {"scale": 0.5}, {"mirror": 0.5}, {"contrast": 1.0}],
-    ids=str,
+    ("ranges", "crop"), [(CXR, 224), (SEED, 299), ({"shift": 0.5}, 63), ({"mirror": 0.5}, 33)], ids=str
 )
 def test_a_canvas_is_the_crop_and_a_multiple_of_four(ranges: dict[str, float], crop: int) -> None:
     assert (Augment(**ranges).canvas(crop) - crop) % 4 == 0
 
 
-@pytest.mark.parametrize("crop", [32, 33, 64, 224])
 @pytest.mark.parametrize(
-    "ranges",
+    ("ranges", "crop"),
     [
-        {"rotation": 10.0, "shift": 0.05, "scale": 0.1},
-        SEED,
-        {"rotation": 45.0, "shift": 0.5, "scale": 0.5, "mirror": 0.5},
-        {"shift": 0.25},
-        {"scale": 0.3},
-        {"mirror": 0.5},
+        ({"rotation": 10.0, "shift": 0.05, "scale": 0.1}, 64),
+        (SEED, 32),
+        ({"rotation": 45.0, "shift": 0.5, "scale": 0.5, "mirror": 0.5}, 33),
+        ({"shift": 0.25}, 33),
+        ({"scale": 0.3}, 33),
     ],
     ids=str,
 )
 def test_the_canvas_holds_all_that_the_most_extreme_views_show(ranges: dict[str, float], crop: int) -> None:
     augment = Chosen(**ranges)
-    augment.draws = np.array(list(itertools.product((LOW, HIGH), repeat=6)))
+    augment.draws = np.array([(*ends, MIDDLE) for ends in itertools.product((LOW, HIGH), repeat=5)])
     side, n = augment.canvas(crop), len(augment.draws)
     white = torch.full((1, 1, side, side), 255, dtype=torch.uint8).expand(n, -1, -1, -1)
     views = augment(white, torch.zeros(n, dtype=torch.long), crop, 0, 0)
@@ -112,8 +107,8 @@ def test_outside_the_canvas_is_black() -> None:
     assert view[16, 16] == 1
 
 
-@pytest.mark.parametrize("ranges", [CXR, SEED], ids=["cxr", "seed"])
-def test_a_view_does_not_depend_on_the_rest_of_the_batch(ranges: dict[str, float]) -> None:
+def test_a_view_does_not_depend_on_the_rest_of_the_batch() -> None:
+    ranges = {**CXR, "mirror": 0.5}
     augment = Augment(**ranges)
     side = augment.canvas(32)
     canvas, index = noise(6, side), torch.tensor([4, 0, 9, 2, 300, 7])
@@ -136,7 +131,7 @@ def test_a_view_does_not_depend_on_the_global_generators() -> None:
     assert torch.equal(torch.get_rng_state(), state)  # nor does it move them on
 
 
-@pytest.mark.parametrize(("seed", "epoch"), [(0, 1), (1, 0), (1, 1), (7, 0)])
+@pytest.mark.parametrize(("seed", "epoch"), [(0, 1), (1, 0), (1, 1)])
 def test_another_epoch_or_seed_gives_other_views(seed: int, epoch: int) -> None:
     augment, canvas, index = Augment(**CXR), noise(8, 48), torch.arange(8)
     first, second = augment(canvas, index, 32, 0, 0), augment(canvas, index, 32, seed, epoch)
@@ -150,8 +145,9 @@ def test_images_of_a_batch_are_drawn_apart() -> None:
     assert all((views[i] - views[j]).abs().max() > 0.1 for i, j in itertools.combinations(range(8), 2))
 
 
-@pytest.mark.parametrize("key", ["rotation", "shift", "scale", "contrast"])
-@pytest.mark.parametrize("crop", [32, 33])
+@pytest.mark.parametrize(
+    ("key", "crop"), [("rotation", 32), ("rotation", 33), ("shift", 33), ("scale", 33), ("contrast", 33)]
+)
 def test_ranges_near_zero_give_the_centre_crop(key: str, crop: int) -> None:
     augment = Augment(**{key: 1e-9})
     assert augment.random
@@ -178,8 +174,7 @@ def test_half_of_the_images_are_mirrored_at_one_half() -> None:
     assert 900 < int(flipped.sum()) < 1100  # 4.5 standard deviations
 
 
-@pytest.mark.parametrize("degrees", [5.0, 20.0, 45.0])
-@pytest.mark.parametrize("side", [LOW, HIGH])
+@pytest.mark.parametrize(("degrees", "side"), [(5.0, HIGH), (45.0, LOW)])
 def test_a_rotation_turns_a_dot_about_the_centre_by_its_angle(degrees: float, side: float) -> None:
     view = view_of(dot(121, 20, -10), 65, (side, MIDDLE, MIDDLE, MIDDLE, MIDDLE, MIDDLE), rotation=degrees)
     right, down = place(view)
@@ -258,12 +253,26 @@ def test_preprocessing_that_makes_no_sense_is_refused(settings: dict[str, Any], 
         Preprocess(**settings)
 
 
-SHAPES = [(256, 256), (300, 420), (421, 300), (97, 1021), (555, 64), (33, 47), (224, 225), (1001, 1000)]
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("size", "crop"), [(256, 224), (64, 63), (64, 64), (37, 32)])
-@pytest.mark.parametrize("ranges", [{}, CXR, SEED], ids=["none", "cxr", "seed"])
+# Each shape once or twice: square, wide, tall, very wide, very tall, enlarged, and nearly square. Between them every
+# size and crop is met with a canvas of the crop itself, with a slightly larger one and with a much larger one.
+@pytest.mark.parametrize(
+    ("shape", "size", "crop", "ranges"),
+    [
+        ((256, 256), 256, 224, {}),
+        ((300, 420), 64, 63, CXR),
+        ((300, 420), 256, 224, SEED),
+        ((421, 300), 37, 32, {}),
+        ((421, 300), 64, 63, SEED),
+        ((97, 1021), 64, 64, CXR),
+        ((97, 1021), 37, 32, SEED),
+        ((555, 64), 64, 63, {}),
+        ((555, 64), 37, 32, CXR),
+        ((33, 47), 64, 64, SEED),
+        ((33, 47), 256, 224, CXR),
+        ((224, 225), 64, 64, {}),
+    ],
+    ids=str,
+)
 def test_evaluation_is_torchvisions_resize_and_centre_crop_to_the_pixel(
     shape: tuple[int, int], size: int, crop: int, ranges: dict[str, float]
 ) -> None:
@@ -289,7 +298,7 @@ def smooth(n: int, side: int) -> torch.Tensor:
     return (F.interpolate(coarse, side, mode="bicubic").clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-@pytest.mark.parametrize("crop", [64, 65, 224])
+@pytest.mark.parametrize("crop", [64, 65])
 def test_the_warp_of_a_cpu_is_the_affine_of_a_gpu_to_one_grey_level(crop: int) -> None:
     augment = Augment(**SMOOTH)
     canvas, index = smooth(8, augment.canvas(crop)), torch.arange(8)
@@ -310,7 +319,7 @@ def test_a_gpu_shows_the_views_of_a_cpu() -> None:
     assert float(difference.abs().max()) * 255 < 1.5
 
 
-@pytest.mark.parametrize("crop", [32, 64, 224])
+@pytest.mark.parametrize("crop", [32, 64])
 def test_border_and_centre_share_the_view_between_them(crop: int) -> None:
     view = torch.rand(3, 1, crop, crop)
     border, centre = (
