@@ -17,11 +17,17 @@ env: $(BIN)/.ready ## an environment in .venv with the package and what its test
 run: env ## train a ResNet18 on drawn radiographs (the README's first command)
 	$(BIN)/python -m covid_cls.train backbone=resnet18 strategy=partial
 
-test: env ## every test
+test: env ## the quick tier: every test that starts no process
 	$(BIN)/python -m pytest
 
-test-fast: env ## every test but those that start a command as a user would
-	$(BIN)/python -m pytest --ignore=tests/test_commands.py --ignore=tests/test_packaging.py
+test-slow: env ## the tests that start processes: signals, sweeps, wheels, notebooks
+	$(BIN)/python -m pytest -m slow
+
+test-random: env ## the quick tier five times in random order, while another process keeps the cores busy
+	$(BIN)/python -m tools.random_order
+
+faults: env ## plant faults in a copy of the package; the quick tier must catch each
+	$(BIN)/python -m tools.planted_faults
 
 lint: env ## ruff, without changing anything
 	$(BIN)/python -m ruff check .
@@ -34,13 +40,16 @@ format: env ## let ruff rewrite what it can
 types: env ## mypy, strict
 	$(BIN)/python -m mypy
 
-check: lint types test ## what CI checks
+check: lint types test test-slow ## what CI checks
 
 audit: env ## known vulnerabilities of what is installed in .venv
 	$(BIN)/python .ci/audit.py
 
 bench: env ## how fast the plain loop and covid_cls train, in turn
 	$(BIN)/python -m covid_cls.benchmark backbone=resnet18 strategy=partial
+
+timings: env ## how long commands take to start, the quick tier and .ci/run in a fresh clone
+	$(BIN)/python -m tools.timings --suite --ci
 
 simulations: env ## coverage of the intervals and level of the tests; docs/simulations.md keeps the output
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.simulations.intervals
