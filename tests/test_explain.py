@@ -1,7 +1,9 @@
-"""`python -m covid_cls.explain` as a user starts it; its page for maps that pass the check, and for those that fail."""
+"""`explain` on a finished run; its page for maps that pass the check of the weights, and for those that fail."""
 
 import json
 import re
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image
 
 from covid_cls.artifact.model import load
+from covid_cls.attribution import maps
 from covid_cls.attribution.audit import Measures
 from covid_cls.attribution.summary import summarise_maps
 from covid_cls.errors import InputError
@@ -25,7 +28,7 @@ from covid_cls.reporting.explanations import (
     explain_images,
     input_images,
 )
-from tests.conftest import Command, starter
+from tests.conftest import Command, FinishedRuns, command
 
 FACTS = {"model": "cell", "images": "some images", "command": "python -m covid_cls.explain"}
 QUICK = ("steps=2", "draws=1", "threshold=argmax")  # one epoch may be worth no threshold
@@ -33,8 +36,8 @@ QUICK = ("steps=2", "draws=1", "threshold=argmax")  # one epoch may be worth no 
 
 @pytest.fixture(scope="module")
 def explain(environment: dict[str, str]) -> Command:
-    """`python -m covid_cls.explain *words`, started in `folder`."""
-    return starter("explain", environment)
+    """`explain` in this process."""
+    return command("explain", environment)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def read(path: Path) -> pd.DataFrame:
     return pd.read_csv(path / "explain.csv", keep_default_na=False, na_values=[""], dtype={"reasons": str})
 
 
-def explained(similarity: list[float], n: int = 4) -> Explained:
+def explained(similarity: list[float], n: int = 1) -> Explained:
     """Maps of known similarity to those of random weights, the first `n` of them to be drawn."""
     rng = np.random.default_rng(0)
     numbers = pd.DataFrame([Measures(0.3, 0.5, 0.25, s, 0.4, 0.8, 0.6, 0.7) for s in similarity])
@@ -104,11 +107,12 @@ def test_a_manifest_brings_labels_and_masks(explain: Command, run: Path, phantom
     rows = pd.read_csv(phantoms, dtype=str)
     rows = rows[rows["path"].isin(pd.read_csv(run / "predictions-val.csv")["image_id"])].head(3)
     rows["mask"] = [rows["mask"].iloc[0], "", rows["mask"].iloc[2]]
-    part = phantoms.parent / "part.csv"
-    rows.to_csv(part, index=False)
-    words = (f"model={run / 'model'}", f"input={part}", "target=label", "output=out", *QUICK, "steps=0")
+    for name in [*rows["path"], *filter(None, rows["mask"])]:
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(phantoms.parent / name, tmp_path / "set" / name)
+    rows.to_csv(tmp_path / "set" / "part.csv", index=False)
+    words = (f"model={run / 'model'}", "input=set/part.csv", "target=label", "output=out", *QUICK, "steps=0")
     done = explain(tmp_path, *words)
-    part.unlink()
     assert done.returncode == 0, done.stderr
     table = read(tmp_path / "out")
     assert table["image_id"].tolist() == rows["path"].tolist()
@@ -118,8 +122,10 @@ def test_a_manifest_brings_labels_and_masks(explain: Command, run: Path, phantom
 
 
 def test_a_folder_keeps_a_row_for_what_cannot_be_read(
-    explain: Command, run: Path, phantoms: Path, tmp_path: Path
+    explain: Command, run: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # 9 squares are hidden instead of 169: each costs a prediction.
+    monkeypatch.setitem(maps.METHODS, "occlusion", partial(maps.occlusion, patch=24))
     name = pd.read_csv(run / "predictions-val.csv")["image_id"][0]
     source = phantoms.parent / name
     (tmp_path / "scans").mkdir()
@@ -135,14 +141,13 @@ def test_a_folder_keeps_a_row_for_what_cannot_be_read(
     assert not table["published"][1]
 
 
-def test_the_test_split_is_noted_in_the_ledger(explain: Command, run: Path, tmp_path: Path) -> None:
-    before = (run / LEDGER).read_text().count("\n") if (run / LEDGER).exists() else 0
+def test_the_test_split_is_noted_in_the_ledger(explain: Command, finished_runs: FinishedRuns, tmp_path: Path) -> None:
+    run = finished_runs.copy(tmp_path, "probes=false")
     done = explain(tmp_path, f"run={run}", "split=test", *QUICK, "figures=0", "output=out")
     assert done.returncode == 0, done.stderr
-    lines = (run / LEDGER).read_text().splitlines()
-    assert len(lines) >= before + 1
-    assert "covid_cls.explain" in lines[-1]
-    assert "split=test" in lines[-1]
+    _, line = (run / LEDGER).read_text().splitlines()
+    assert "covid_cls.explain" in line
+    assert "split=test" in line
     assert not (tmp_path / "out" / "contact_sheet.png").exists()
 
 
@@ -150,6 +155,7 @@ def test_the_test_split_is_noted_in_the_ledger(explain: Command, run: Path, tmp_
     ("words", "fault"),
     [
         (("input=scan.png",), "give model=FOLDER with input=IMAGES, or run=FOLDER"),
+        (("model=nowhere", "input=words.png"), "model=nowhere: no such folder (looked in "),
         (("run=RUN", "split=all"), "split=all: must be one of train, val, test"),
         (("model=RUN", "input=words.png"), "none of 1 files can be read: words.png"),
     ],
@@ -193,9 +199,9 @@ def test_help_needs_no_model(explain: Command, tmp_path: Path) -> None:
 
 
 def test_maps_that_pass_are_drawn_and_described(tmp_path: Path) -> None:
-    write_explained(tmp_path, explained([0.1] * 8), Options(), FACTS)
+    write_explained(tmp_path, explained([0.1] * 8, n=2), Options(), FACTS)
     drawn = sorted(path.name for path in (tmp_path / "overlays").iterdir())
-    assert drawn == [f"000{k}_scan_x_{k - 1}_.png" for k in range(1, 5)]
+    assert drawn == [f"000{k}_scan_x_{k - 1}_.png" for k in range(1, 3)]
     for path in (tmp_path / "contact_sheet.png", tmp_path / "overlays" / drawn[0]):
         with Image.open(path) as image:
             assert min(image.size) > 400
@@ -207,7 +213,7 @@ def test_maps_that_pass_are_drawn_and_described(tmp_path: Path) -> None:
 
 
 def test_maps_that_survive_random_weights_are_not_drawn_and_old_figures_go(tmp_path: Path) -> None:
-    write_explained(tmp_path, explained([0.1] * 8), Options(), FACTS)
+    write_explained(tmp_path, explained([0.1] * 8, n=1), Options(), FACTS)
     (tmp_path / "overlays" / "mine.png").write_bytes(b"kept")
     failed = explained([0.1] * 6 + [0.9] * 2)
     write_explained(tmp_path, failed, Options(), FACTS)
