@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from covid_cls.evaluation.summary import summarise
 from covid_cls.labels import TASKS
 from covid_cls.records import read_predictions, write_json, write_predictions
 from covid_cls.reporting.search import RateSearch, rate_name
-from tests.conftest import Command, start, starter
+from tests.conftest import Command, command, start
 
 BINARY = TASKS["binary"]
 OPTIMUM = 1e-3
@@ -193,10 +192,11 @@ WORDS = (
 
 @pytest.fixture(scope="module")
 def search(environment: dict[str, str]) -> Command:
-    """`python -m covid_cls.search *words`, started in a folder."""
-    return starter("search", environment)
+    """`search` in this process; each rate that it tries is trained in a process of its own."""
+    return command("search", environment)
 
 
+@pytest.mark.slow(reason="a search starts a process for each rate, and a signal stops it")
 def test_a_search_reads_validation_alone_and_goes_on_where_it_was_stopped(
     search: Command, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -204,7 +204,7 @@ def test_a_search_reads_validation_alone_and_goes_on_where_it_was_stopped(
         assert process.stdout is not None
         second = next(line for line in process.stdout if line.startswith("[1] $ "))
         os.kill(process.pid, signal.SIGINT)
-        errors = process.communicate(timeout=120)[1]
+        errors = process.communicate()[1]
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     ((first, before),) = [(path, path.stat().st_mtime_ns) for path in tmp_path.rglob("predictions-val.csv")]
@@ -258,6 +258,7 @@ def test_a_multirun_of_searches_is_refused(search: Command, tmp_path: Path) -> N
     assert "sweep of" not in done.stdout
 
 
+@pytest.mark.slow(reason="a search starts a process for each rate")
 def test_what_fails_at_every_rate_is_tried_once(search: Command, tmp_path: Path) -> None:
     done = search(tmp_path, *WORDS, "preprocess.sd=0")
     assert done.returncode == 2
@@ -265,10 +266,10 @@ def test_what_fails_at_every_rate_is_tried_once(search: Command, tmp_path: Path)
     assert "error: preprocess.sd=0: must be above 0" in done.stderr
 
 
-def test_without_optuna_the_remedy_is_named(environment: dict[str, str], tmp_path: Path) -> None:
-    lines = "import runpy, sys; sys.modules['optuna'] = None; runpy.run_module('covid_cls.search', run_name='__main__')"
-    done = subprocess.run(
-        [sys.executable, "-c", lines], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
-    )
+def test_without_optuna_the_remedy_is_named(search: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "optuna"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "optuna", None)  # an import of it raises ImportError
+    done = search(tmp_path)
     assert done.returncode == 2
     assert done.stderr == "error: Optuna 4.4 or later is not installed: pip install 'covid_cls[search]'\n"
