@@ -34,6 +34,9 @@ _PICTURES = f"""(() => {{ {_ROOTS}
 }})()"""
 
 
+_LIMIT = 600.0  # seconds for what a page must show; a test that passes never comes near it
+
+
 class Page:
     """The one page of a browser."""
 
@@ -68,7 +71,7 @@ class Page:
         self.ask("Page.navigate", url="about:blank")
         self.ask("Page.navigate", url=url)
 
-    def wait_for(self, *words: str, seconds: float = 60) -> str:
+    def wait_for(self, *words: str, seconds: float = _LIMIT) -> str:
         """The page's text as soon as it holds all `words`; AssertionError naming those that do not come."""
         end = time.monotonic() + seconds
         while True:
@@ -79,7 +82,7 @@ class Page:
             assert time.monotonic() < end, f"{missing} do not appear; the page says: {text[:2000]}"
             time.sleep(0.25)
 
-    def wait_for_pictures(self, count: int, seconds: float = 60) -> None:
+    def wait_for_pictures(self, count: int, seconds: float = _LIMIT) -> None:
         """Return as soon as the page shows `count` images, all of them loaded."""
         end = time.monotonic() + seconds
         while not (len(widths := self.run(_PICTURES)) == count and all(widths)):

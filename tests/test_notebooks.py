@@ -81,7 +81,7 @@ def execute(environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.Mon
         notebook = read(path)
         (place,) = (k for k, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
         notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(parameters))
-        client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+        client = NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(tmp_path)}})
         client.execute(env={**environment, **{name: str(tmp_path / folder) for name, folder in jupyter.items()}})
         return notebook
 
@@ -108,6 +108,7 @@ def best(data: dict[str, str]) -> str:
     return "text"
 
 
+@pytest.mark.slow(reason="a notebook is executed by a kernel, which is a process")
 def test_a_tour_of_a_data_set(execute: Any) -> None:
     done = execute(1, f"DATA = {['data=phantom', *SMALL]}\nFOLDS = 2")
     shown = kinds(done)
@@ -116,6 +117,7 @@ def test_a_tour_of_a_data_set(execute: Any) -> None:
     assert [cell for cell, found in shown.items() if found == ["table"]] == tables
 
 
+@pytest.mark.slow(reason="a notebook is executed by a kernel, which is a process")
 def test_reading_a_sweep_opens_the_test_predictions_once(execute: Any, sweep: Path) -> None:
     done = execute(2, f"RUNS = {str(sweep)!r}\nRESAMPLES = 100")
     shown = kinds(done)
@@ -132,6 +134,7 @@ def test_reading_a_sweep_opens_the_test_predictions_once(execute: Any, sweep: Pa
         assert openings[0].endswith("notebooks/2_sweep.ipynb")
 
 
+@pytest.mark.slow(reason="a notebook is executed by a kernel, which is a process")
 def test_what_a_network_looks_at(execute: Any, sweep: Path) -> None:
     ledgers = {path: path.read_bytes() for path in sweep.rglob("openings.csv")}
     done = execute(3, f"RUNS = {str(sweep)!r}\nFEW = 1")
