@@ -1,11 +1,9 @@
-"""The benchmark as a user starts it."""
+"""`benchmark`: its files and what it prints, with numbers that are given and with numbers that it measures."""
 
 import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,15 +11,36 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import SMALL, start
+from covid_cls.speed import measure
+from tests.conftest import SMALL, Command, command, start, starter
+from tests.speed.small import result
 
 WORDS = (*SMALL, "images=16", "rounds=1", "epochs=1", "output=result")
-COMMAND = [sys.executable, "-u", "-m", "covid_cls.benchmark"]
 
 
+@pytest.fixture
+def benchmark(environment: dict[str, str]) -> Command:
+    """`benchmark` in this process."""
+    return command("benchmark", environment)
+
+
+def test_what_was_measured_is_written_and_printed(
+    benchmark: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "measure", lambda settings, folder: result())
+    done = benchmark(tmp_path, *WORDS, "keep=kept.md")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "result").iterdir()) == ["benchmark.json", "benchmark.png"]
+    record = json.loads((tmp_path / "result" / "benchmark.json").read_text(encoding="utf-8"))
+    assert record["ratio"] == result()["ratio"]
+    assert record["command"] == f"python -m covid_cls.benchmark {' '.join(WORDS)} keep=kept.md"
+    assert f"{record['ratio']['median']:.2f} times as fast as the plain loop" in done.stdout
+    assert record["command"] in (tmp_path / "kept.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow(reason="the two sides are measured in processes of their own")
 def test_a_small_benchmark_writes_what_is_promised(environment: dict[str, str], tmp_path: Path) -> None:
-    command = [*COMMAND, *WORDS, "keep=kept.md"]
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    ended = starter("benchmark", environment)(tmp_path, *WORDS, "keep=kept.md")
     assert ended.returncode == 0, ended.stderr
     output = tmp_path / "result"
     assert sorted(path.name for path in output.iterdir()) == ["benchmark.json", "benchmark.png"]
@@ -59,14 +78,13 @@ def check_numbers(record: dict[str, Any]) -> None:
     assert record["to_epochs"]["plain"]["extrapolated"] is True
 
 
-def test_a_fault_of_the_input_is_one_line_and_exit_code_2(environment: dict[str, str], tmp_path: Path) -> None:
-    ended = subprocess.run(
-        [*COMMAND, *SMALL, "images=1"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+def test_a_fault_of_the_input_is_one_line_and_exit_code_2(benchmark: Command, tmp_path: Path) -> None:
+    ended = benchmark(tmp_path, *SMALL, "images=1")
     assert ended.returncode == 2
     assert ended.stderr.splitlines() == ["error: images=1: must be a whole number of at least 4"]
 
 
+@pytest.mark.slow(reason="a signal stops several processes")
 @pytest.mark.skipif(os.name != "posix", reason="process groups")
 def test_ctrl_c_leaves_no_process_and_no_file(environment: dict[str, str], tmp_path: Path) -> None:
     process = start("benchmark", tmp_path, environment, *WORDS, "rounds=1000")
