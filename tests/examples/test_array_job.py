@@ -18,9 +18,7 @@ RECORD = '#!/bin/sh\nprintf "%s\\n" "$*" >> started.txt\n'  # stands in for pyth
 def run_task(folder: Path, environment: dict[str, str], number: int, path: Path, *words: str) -> str:
     (folder / "sweep.sh").write_text(SCRIPT, encoding="utf-8")
     env = {**environment, "SLURM_ARRAY_TASK_ID": str(number), "PATH": f"{path}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "sweep.sh", *words], cwd=folder, env=env, capture_output=True, text=True, timeout=400
-    )
+    done = subprocess.run(["bash", "sweep.sh", *words], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -43,10 +41,10 @@ def test_the_tasks_are_all_cells_and_none_twice(environment: dict[str, str], tmp
     assert {line.strip() for line in started} == expected
 
 
-@pytest.mark.parametrize("number", [10])
-def test_a_task_trains_its_cell(number: int, environment: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.slow(reason="a script of the documentation starts a training")
+def test_a_task_trains_its_cell(environment: dict[str, str], tmp_path: Path) -> None:
     words = (*SMALL, "trainer.max_epochs=1", "backbone.weights=none", "probes=false")
-    run_task(tmp_path, environment, number, Path(sys.executable).parent, *words)
+    run_task(tmp_path, environment, 10, Path(sys.executable).parent, *words)
     (cell,) = (tmp_path / "outputs" / "my_sweep").iterdir()
     assert cell.name.startswith("three_class-resnet18-partial-focal-s1-")
 

@@ -55,7 +55,7 @@ def test_what_is_loaded_computes_what_torchvision_computes_on_grey(theirs: nn.Mo
     network = build_network(NAME, 3).eval()
     report = load_pretrained(network, NAME, str(tmp_path / "weights.pth"))
     assert (report.fresh, report.pretrained_stages) == ((), STAGES)
-    x = torch.randn(2, 1, 64, 64)
+    x = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(4))
     with torch.inference_mode():
         expected = theirs.get_submodule("avgpool")(theirs.get_submodule("features")(x.expand(-1, 3, -1, -1))).flatten(1)
         found = network.run(x, stop=network.stage_names.index("pool") + 1)
@@ -95,6 +95,7 @@ def test_training_moves_what_the_strategy_trains_and_no_bit_of_the_rest(
     assert load_classifier(tmp_path / "checkpoints" / "best.ckpt").net.stage_names == (*STAGES, "pool", "head")
 
 
+@pytest.mark.slow(reason="a changed copy of the package is imported in a process of its own")
 def test_in_a_checkout_it_trains_from_the_command_line(environment: dict[str, str], tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     for folder in ("covid_cls", "conf"):
@@ -108,7 +109,7 @@ def test_in_a_checkout_it_trains_from_the_command_line(environment: dict[str, st
     (checkout / "conf" / "backbone" / f"{NAME}.yaml").write_text(option, encoding="utf-8")
     words = (f"backbone={NAME}", "strategy=partial", "backbone.weights=none", "trainer.max_epochs=1", *SMALL)
     command = [sys.executable, "-m", "covid_cls.train", *words]
-    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [path.name.rsplit("-", 1)[0] for path in (checkout / "outputs").glob("*/*")] == [
         f"binary-{NAME}-partial-ce-s0"
