@@ -82,6 +82,7 @@ def test_a_step_leaves_frozen_tensors_alone_and_moves_all_others(built: tuple[st
 
 
 def test_a_frozen_prefix_sees_each_image_alone_even_while_training() -> None:
+    torch.manual_seed(0)
     network = build_network("resnet18", 2)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from pytorch_lightning import seed_everything
@@ -11,14 +12,27 @@ from covid_cls.training.checkpoints import read_checkpoint
 from covid_cls.training.run import open_run
 from tests.conftest import Command
 from tests.training.small import compose_small, make_data
-from tools.soak.kills import WORDS, kills
+from tools.soak.kills import WORDS, Start
 
 SHORT = (*WORDS, "trainer.max_epochs=2")
 
 
+def finished(run: Start) -> dict[str, str]:
+    """The digests of a run's results, once its command has ended, however long that takes."""
+    run.process.wait()
+    run.end()
+    return run.results()
+
+
 def test_a_killed_run_goes_on_to_the_bits_of_one_that_was_not(tmp_path: Path) -> None:
-    outcome = kills(1, tmp_path)
-    assert outcome.held, outcome
+    expected = finished(Start(tmp_path / "whole", 3))
+    words = ("data.workers=2", "checkpoint_seconds=0")
+    killed = Start(tmp_path / "killed", 3, *words)
+    killed.wait_for("epoch 1/")
+    workers = killed.kill()
+    again = Start(tmp_path / "killed", 3, *words)  # at once, as an impatient user does
+    psutil.wait_procs(workers)  # they end by themselves
+    assert finished(again) == expected
 
 
 def trained_here(folder: Path, cache: Path, *words: str) -> Path:
@@ -41,8 +55,10 @@ def assert_same_bits(one: Path, two: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*worker processes in total:UserWarning")  # more than this machine has cores
-def test_neither_workers_nor_the_place_in_a_sweep_change_a_bit(train: Command, cache: Path, tmp_path: Path) -> None:
-    swept = train(tmp_path, "-m", *SHORT, "seed=1,0", "data.workers=2", "hydra.launcher.n_jobs=2")
+def test_neither_workers_nor_the_place_in_a_sweep_change_a_bit(
+    train_process: Command, cache: Path, tmp_path: Path
+) -> None:
+    swept = train_process(tmp_path, "-m", *SHORT, "seed=1,0", "data.workers=2", "hydra.launcher.n_jobs=2")
     assert swept.returncode == 0, swept.stderr
     first, second = sorted((tmp_path / "outputs" / "phantom").iterdir(), key=lambda cell: "-s0-" in cell.name)
     none, four = (trained_here(tmp_path / n, cache, f"data.workers={n}") for n in ("0", "4"))
