@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from covid_cls import multirun
 from covid_cls.data.manifest import read_manifest
 from covid_cls.data.phantom import build_phantoms
 from covid_cls.data.splits import assign_splits
@@ -21,6 +23,7 @@ from covid_cls.evaluation.operating import frozen_operating
 from covid_cls.evaluation.summary import summarise
 from covid_cls.labels import TASKS
 from covid_cls.records import read_predictions
+from covid_cls.targets import CheckedLoader
 from tests.conftest import ROOT, SMALL, Command, FinishedRuns, start
 
 REAL = ROOT.parent / "shared"
@@ -252,6 +255,16 @@ def test_a_fault_of_the_input_is_one_line_and_exit_code_2(
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
     assert cells(tmp_path) == []
+
+
+def test_a_single_run_is_composed_once_and_asks_for_no_gpu(train: Command, tmp_path: Path) -> None:
+    compose = CheckedLoader.load_configuration
+    with (
+        mock.patch.object(CheckedLoader, "load_configuration", autospec=True, side_effect=compose) as composed,
+        mock.patch.object(multirun, "gpu_slots") as asked,
+    ):
+        assert train(tmp_path, "data=folder", "data.root=nowhere", "experiment=seed_part1/fc").returncode == 2
+    assert (composed.call_count, asked.call_count) == (1, 0)
 
 
 def test_a_bad_manifest_is_named_with_its_line_before_training(train: Command, tmp_path: Path) -> None:

@@ -1,11 +1,19 @@
-"""Each command once as a user starts it: as a process of its own, from another folder than the package's."""
+"""Each command once as a user starts it: as a process of its own, from another folder than the package's.
+
+`search` and `benchmark` start processes themselves: tests/test_search.py and tests/speed/test_benchmark.py start them.
+"""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from covid_cls.labels import TASKS
+from covid_cls.records import write_predictions
 from tests.conftest import SMALL, starter
+from tests.evaluation.test_assessment import cohort
 
 pytestmark = pytest.mark.slow(reason="each command is started as a process")
 
@@ -31,8 +39,8 @@ def test_train_leaves_a_finished_run_below_the_folder_it_was_started_in(run_fold
     [
         ("evaluate", "run={run} output=made resamples=100", "made/metrics.json"),
         ("report", "runs={run} output=made resamples=100", "made/index.html"),
-        ("predict", "model={run} input={images} output=made.csv", "made.csv"),
-        ("explain", "model={run} input={images} output=made device=cpu", "made"),
+        ("predict", "model={run} input={images} output=made.csv threshold=argmax", "made.csv"),
+        ("explain", "model={run} input={images} output=made device=cpu threshold=argmax", "made"),
         ("export", "model={run} output=made.onnx", "made.onnx"),
         ("audit", "data.images=48 data.size=48 probes=false output=made", "made/audit.json"),
     ],
@@ -49,16 +57,24 @@ def test_a_command_leaves_its_results(
     assert (tmp_path / left).exists()
 
 
-def test_search_tries_its_rates(environment: dict[str, str], tmp_path: Path) -> None:
-    words = (*SMALL, "trainer.max_epochs=1", "strategy=fc", "logger=none", "search.trials=2")
-    done = starter("search", environment)(tmp_path, *words)
-    assert done.returncode == 0, done.stderr
-    (found,) = tmp_path.rglob("search.json")
-    assert len(json.loads(found.read_text(encoding="utf-8"))["trials"]) == 2
-
-
-def test_benchmark_compares_both_loops(environment: dict[str, str], tmp_path: Path) -> None:
-    words = (*SMALL, "rounds=1", "epochs=1", "images=16", "start=false", "output=made")
-    done = starter("benchmark", environment)(tmp_path, *words)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "made" / "benchmark.json").is_file()
+@pytest.mark.parametrize(
+    ("name", "words", "code"),
+    [
+        ("train", ["--help"], 0),
+        ("train", ["seeed=1"], 2),
+        ("evaluate", ["predictions=scores.csv", "resamples=100"], 0),
+        ("evaluate", ["predictions=missing.csv"], 2),
+        ("report", ["runs=."], 2),
+    ],
+)
+def test_what_needs_no_network_imports_neither_torch_nor_lightning(
+    name: str, words: list[str], code: int, environment: dict[str, str], tmp_path: Path
+) -> None:
+    write_predictions(cohort(TASKS["binary"]), tmp_path / "scores.csv")
+    script = (
+        f"import sys; from covid_cls.{name} import main; code = main({words}); "
+        "heavy = {'torch', 'torchvision', 'pytorch_lightning'} & set(sys.modules); "
+        "sys.exit(f'imported: {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
