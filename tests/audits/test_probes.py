@@ -17,7 +17,7 @@ from covid_cls.data.phantom import build_phantoms
 from covid_cls.errors import InputError
 from covid_cls.evaluation.intervals import score_intervals
 from covid_cls.evaluation.metrics import decide
-from covid_cls.evaluation.summary import truth_and_prob
+from covid_cls.evaluation.predictions import truth_and_prob
 from covid_cls.labels import TASKS, Task
 from covid_cls.records import read_json, read_predictions
 from covid_cls.training.predict import predict_split

@@ -13,8 +13,8 @@ from covid_cls.evaluation.comparison import compare_cells, leaderboard, mcnemar
 from covid_cls.evaluation.delong import delong_test
 from covid_cls.evaluation.intervals import score_intervals
 from covid_cls.evaluation.metrics import decide, overall_scores
+from covid_cls.evaluation.predictions import truth_and_prob
 from covid_cls.evaluation.resampling import patient_codes
-from covid_cls.evaluation.summary import truth_and_prob
 from covid_cls.labels import TASKS
 from tools.simulations.intervals import TESTS, Design, count, draw, rejected
 

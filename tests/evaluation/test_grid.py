@@ -18,8 +18,8 @@ from covid_cls.evaluation.grid import (
 )
 from covid_cls.evaluation.intervals import score_intervals
 from covid_cls.evaluation.metrics import class_scores, decide, overall_scores
+from covid_cls.evaluation.predictions import truth_and_prob
 from covid_cls.evaluation.resampling import patient_codes, patient_weights
-from covid_cls.evaluation.summary import truth_and_prob
 from covid_cls.labels import TASKS
 from tests.reporting.sweeps import predictions
 

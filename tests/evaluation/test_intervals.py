@@ -16,7 +16,7 @@ from covid_cls.evaluation.intervals import (
     without_spread,
 )
 from covid_cls.evaluation.metrics import class_scores, decide, overall_scores
-from covid_cls.evaluation.summary import truth_and_prob
+from covid_cls.evaluation.predictions import truth_and_prob
 from covid_cls.labels import TASKS
 from covid_cls.records import prediction_columns
 from tools.simulations.intervals import Design, count, covered, draw, known

@@ -7,7 +7,8 @@ import pytest
 
 from covid_cls.errors import InputError
 from covid_cls.evaluation.metrics import class_scores, decide, overall_scores
-from covid_cls.evaluation.summary import summarise, truth_and_prob
+from covid_cls.evaluation.predictions import truth_and_prob
+from covid_cls.evaluation.summary import summarise
 from covid_cls.labels import TASKS
 from covid_cls.records import prediction_columns, read_predictions, write_predictions
 

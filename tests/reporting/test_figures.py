@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from covid_cls.evaluation.metrics import class_scores, decide, roc_points
-from covid_cls.evaluation.summary import truth_and_prob
+from covid_cls.evaluation.predictions import truth_and_prob
 from covid_cls.labels import TASKS
 from covid_cls.records import prediction_columns
 from covid_cls.reporting.figures import CLASS_COLOURS, confusion_matrix, learning_curves, roc_curves, save_figure
