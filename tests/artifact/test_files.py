@@ -263,6 +263,7 @@ def test_a_runs_folder_stands_for_its_model(whole: Path) -> None:
     assert load(whole.parent).folder == whole
 
 
+@pytest.mark.slow(reason="what a process imports is tested")
 def test_five_lines_of_python_need_no_network_and_no_hydra(whole: Path) -> None:
     code = (
         "import sys, socket\n"

@@ -552,6 +552,7 @@ def slow_set(root: Path, rows: int) -> pd.DataFrame:
     return table
 
 
+@pytest.mark.slow(reason="processes that decode are killed")
 def test_processes_that_ask_at_once_build_once_and_survive_who_builds(tmp_path: Path) -> None:
     outcome = caches(4, tmp_path)  # of features, too
     assert outcome.held, outcome
@@ -580,6 +581,7 @@ def begun(images: Path) -> bool:
         return False
 
 
+@pytest.mark.slow(reason="processes that decode are killed")
 @pytest.mark.parametrize("rows", [400, 1200], ids=["one process", "several processes"])
 def test_a_killed_build_is_never_trusted(tmp_path: Path, cache: Path, rows: int) -> None:
     table = slow_set(tmp_path / "set", rows)
@@ -618,6 +620,7 @@ def test_a_killed_build_is_never_trusted(tmp_path: Path, cache: Path, rows: int)
             os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow(reason="processes that decode are killed")
 def test_a_decoder_that_is_killed_is_named_with_the_remedy(tmp_path: Path, cache: Path) -> None:
     table = slow_set(tmp_path / "set", 1200)
     hashes = hash_files(table, cache)
@@ -665,6 +668,7 @@ store.open_store(table, ["0"] * len(table), size=32, canvas=32, cache=Path(sys.a
 """
 
 
+@pytest.mark.slow(reason="a script that starts processes is run as one")
 def test_a_script_that_processes_would_run_again_fails_instead_of_waiting_for_itself(
     tmp_path: Path, cache: Path
 ) -> None:

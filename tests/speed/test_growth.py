@@ -22,6 +22,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     return read_manifest(write_set(tmp_path_factory.mktemp("set"), 1030, 68))
 
 
+@pytest.mark.slow(reason="each size is measured in a process of its own")
 def test_records_say_what_was_measured_and_nothing_is_left(tmp_path: Path) -> None:
     folder = tmp_path / "not" / "there"
     records = measure_growth([40, 80], folder, size=48, canvas=68, crop=48, batch_size=8)

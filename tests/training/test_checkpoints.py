@@ -92,6 +92,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow(reason="a process without Lightning's trainer reads the checkpoint")
 def test_a_bare_machine_predicts_from_a_checkpoint_what_training_predicted(
     cache: Path, folder: Path, one_thread: None
 ) -> None:
@@ -420,6 +421,7 @@ def hold_in_save(connection: Connection, folder: Path, moment: str) -> None:
     io.save_checkpoint(numbered(2), folder / "last.ckpt")
 
 
+@pytest.mark.slow(reason="a process is killed while it saves")
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_save_that_is_killed_leaves_the_old_checkpoint_or_the_new_one(moment: str, tmp_path: Path) -> None:
     saver = Member(hold_in_save, tmp_path, moment)

@@ -56,6 +56,7 @@ def agree(one: Tensor, two: Tensor) -> None:
     torch.testing.assert_close(two, one, rtol=0, atol=1e-6 * max(1e-3, float(one.abs().max())))
 
 
+@pytest.mark.slow(reason="several ranks")
 def test_the_network_of_two_processes_is_that_of_one(train_process: Command, tmp_path: Path) -> None:
     words = ("backbone=vgg11", "strategy=partial", "loss=weighted_ce", "head.dropout=0")  # no batch norm, no dropout
     one = trained(train_process, tmp_path / "one", *words, "trainer=cpu")
@@ -79,6 +80,7 @@ def test_the_network_of_two_processes_is_that_of_one(train_process: Command, tmp
         pd.testing.assert_frame_equal(*tables, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow(reason="several ranks")
 def test_two_processes_train_batch_norm_and_dropout_validate_what_is_saved_and_go_on(
     train_process: Command, tmp_path: Path
 ) -> None:
@@ -137,6 +139,7 @@ def second_process(_: int, folder: Path) -> None:
     torch.save(steps_of(1, 2, folder), folder / "second.pt")
 
 
+@pytest.mark.slow(reason="several ranks")
 def test_shares_of_any_size_average_to_the_gradient_and_the_numbers_of_the_whole_batch(tmp_path: Path) -> None:
     other = multiprocessing.spawn(second_process, (tmp_path,), join=False)
     first = steps_of(0, 2, tmp_path)

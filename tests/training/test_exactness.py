@@ -24,6 +24,7 @@ def finished(run: Start) -> dict[str, str]:
     return run.results()
 
 
+@pytest.mark.slow(reason="a process is killed while it trains")
 def test_a_killed_run_goes_on_to_the_bits_of_one_that_was_not(tmp_path: Path) -> None:
     expected = finished(Start(tmp_path / "whole", 3))
     words = ("data.workers=2", "checkpoint_seconds=0")
@@ -54,6 +55,7 @@ def assert_same_bits(one: Path, two: Path) -> None:
         assert (one / name).read_bytes() == (two / name).read_bytes()
 
 
+@pytest.mark.slow(reason="a sweep starts a process for each run")
 @pytest.mark.filterwarnings("ignore:.*worker processes in total:UserWarning")  # more than this machine has cores
 def test_neither_workers_nor_the_place_in_a_sweep_change_a_bit(
     train_process: Command, cache: Path, tmp_path: Path

@@ -252,6 +252,7 @@ def refusal(root: Path, settings: dict[str, Any], *, rerun: bool = False) -> str
     return str(error.value)
 
 
+@pytest.mark.slow(reason="a lock between processes")
 def test_a_second_process_on_the_same_cell_is_refused_until_the_first_is_gone(
     settings: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -289,6 +290,7 @@ def after_each_look(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], None]
     monkeypatch.setattr(lock, "_touched", looked)
 
 
+@pytest.mark.slow(reason="a lock between processes")
 def test_a_process_on_another_host_that_gives_a_sign_of_life_is_not_followed(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,6 +302,7 @@ def test_a_process_on_another_host_that_gives_a_sign_of_life_is_not_followed(
         assert f"process {other.process.pid} on host node7 (since " in refusal(tmp_path, settings)
 
 
+@pytest.mark.slow(reason="a lock between processes")
 def test_a_process_on_another_host_is_followed_after_its_silence_and_not_before(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -331,6 +334,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "SoftFileLease", Patient)
 
 
+@pytest.mark.slow(reason="a lock between processes")
 def test_who_was_taken_for_dead_ends_and_writes_no_more(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patient: None
 ) -> None:
@@ -366,6 +370,7 @@ def started_at_once(root: Path, each: list[dict[str, Any]]) -> tuple[list[Member
     return holders, folders, refusals
 
 
+@pytest.mark.slow(reason="a lock between processes")
 def test_many_starts_at_once_leave_each_run_one_process(settings: dict[str, Any], tmp_path: Path) -> None:
     for _ in range(2):  # the second time its last process was killed
         (one,), (folder,), refusals = started_at_once(tmp_path, [settings] * 5)
