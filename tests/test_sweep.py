@@ -183,10 +183,9 @@ def test_a_sweep_names_what_failed_and_does_only_that_again(tmp_path: Path) -> N
 def test_a_preempted_job_is_started_again_and_goes_on(environment: dict[str, str], tmp_path: Path) -> None:
     words = [*SMALL, "trainer.max_epochs=40", "callbacks=no_early_stopping", "probes=false", "logger=none", "seed=0"]
     process = start("train", tmp_path, environment, "-m", "hydra/launcher=submitit_local", *words, "test=false")
-    deadline = time.monotonic() + 120
-    while not (begun := "epoch 3/40" in printed(tmp_path)) and time.monotonic() < deadline:
+    while "epoch 3/40" not in printed(tmp_path):
+        assert process.poll() is None
         time.sleep(0.2)
-    assert begun
     for child in psutil.Process(process.pid).children(recursive=True):  # as Slurm does: to each process of the job
         if "submitit.core._submit" in child.cmdline() or "hydra.mode=RUN" in child.cmdline():
             child.send_signal(signal.SIGUSR2)
@@ -265,11 +264,8 @@ def test_a_killed_sweep_leaves_no_process_running(
     running = [job["pid"] for job in jobs(tmp_path)]
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 60
-    while any(map(alive, [*running, -process.pid])) and time.monotonic() < deadline:
+    while any(map(alive, [*running, -process.pid])):  # the runs and the launcher's processes end by themselves
         time.sleep(0.2)
-    assert not any(map(alive, running))
-    assert not alive(-process.pid)  # the launcher's processes
     assert {record(cell)["status"] for cell in cells(tmp_path)} == {"interrupted"}
 
 

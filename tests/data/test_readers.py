@@ -3,7 +3,6 @@ import random
 import struct
 import subprocess
 import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -74,10 +73,8 @@ def test_a_transparent_16_bit_level_is_black(tmp_path: Path) -> None:
 def test_only_a_regular_file_is_opened(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo.png"
     os.mkfifo(fifo)
-    start = time.monotonic()
     for path in (fifo, tmp_path, Path("/dev/zero")):
-        assert outcome(path) == "not a regular file"
-    assert time.monotonic() - start < 1
+        assert outcome(path) == "not a regular file"  # a reader of these would wait, or read without end
 
 
 def test_a_path_that_leads_nowhere_is_named_as_such(tmp_path: Path) -> None:

@@ -1,4 +1,3 @@
-import time
 import warnings
 
 import numpy as np
@@ -127,12 +126,3 @@ def test_a_bin_holds_its_upper_edge():
     prob = np.array([[0.6, 0.4], [0.61, 0.39]])  # 0.6 = 9/15 is the last of its bin
     scores = weighted_scores(np.array([0, 1]), prob, np.array([0, 0]), task, np.ones((1, 2), dtype=int))
     assert scores["ece"][0] == pytest.approx((0.4 + 0.61) / 2)  # in one bin it would be |0.5 - 0.605|
-
-
-def test_ten_thousand_images_and_two_thousand_resamples_are_quick():
-    rng = np.random.default_rng(0)
-    truth, prob = rng.integers(0, 3, 10_000), rng.dirichlet(np.ones(3), 10_000)
-    began = time.process_time()
-    weights = patient_weights(truth, np.arange(10_000), 2000, 0)
-    weighted_scores(truth, prob, decide(prob, SOFTMAX), SOFTMAX, weights)
-    assert time.process_time() - began < 15  # 3 to 4 s on one core

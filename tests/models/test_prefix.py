@@ -97,6 +97,7 @@ def test_half_precision_stays_near_float32(backbone: str, strategy: str) -> None
     assert float((found - wanted).norm() / wanted.norm()) < 0.02
 
 
+@pytest.mark.slow(reason="inductor starts a C++ compiler")
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
 def test_the_compiled_form_computes_the_same() -> None:
     built = build_network("vgg11", 3)

@@ -64,7 +64,10 @@ def measured(root: Path, options: Options = OPTIONS) -> tuple[Sweep, list[Protoc
 
 
 def page(root: Path, options: Options = OPTIONS) -> Page:
-    sweep, results = measured(root, options)
+    return page_of(*measured(root, options))
+
+
+def page_of(sweep: Sweep, results: list[ProtocolResult]) -> Page:
     about = About(
         "Report of demo", "python -m covid_cls.report", datetime.datetime(2026, 11, 24, 12, 0, tzinfo=datetime.UTC)
     )
@@ -84,13 +87,18 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(grid: Path) -> list[ProtocolResult]:
-    return measured(grid)[1]
+def grid_measured(grid: Path) -> tuple[Sweep, list[ProtocolResult]]:
+    return measured(grid)
 
 
 @pytest.fixture(scope="module")
-def shown(grid: Path) -> Page:
-    return page(grid)
+def results(grid_measured: tuple[Sweep, list[ProtocolResult]]) -> list[ProtocolResult]:
+    return grid_measured[1]
+
+
+@pytest.fixture(scope="module")
+def shown(grid_measured: tuple[Sweep, list[ProtocolResult]]) -> Page:
+    return page_of(*grid_measured)
 
 
 def test_the_page_stands_alone(shown: Page) -> None:

@@ -29,8 +29,7 @@ def fit(folder: Path, cache: Path, *overrides: str, from_files: bool = False) ->
     return snapshot(classifier)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("strategy", ["fc", "full"])
+@pytest.mark.parametrize(("strategy", "precision"), [("fc", "bf16-mixed"), ("full", "32-true")])
 def test_the_store_and_the_number_of_workers_change_no_bit(
     strategy: str, precision: str, cache: Path, folder: Path
 ) -> None:
