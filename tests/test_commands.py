@@ -384,7 +384,7 @@ def test_nothing_is_chosen_by_the_labels_of_the_test_split(train: Command, tmp_p
         words = ("data=manifest", f"data.path={source.with_name(f'{name}.csv')}", "data.group=image", f"name={name}")
         small = [word for word in SMALL if not word.startswith("data.images")]
         done = train(
-            tmp_path, *small, *words, "task=three_class", "trainer.max_epochs=3", "probes=false", "logger=none"
+            tmp_path, *small, *words, "task=three_class", "trainer.max_epochs=2", "probes=false", "logger=none"
         )
         assert done.returncode == 0, done.stderr
         (cell,) = cells(tmp_path / "outputs" / name)

@@ -78,6 +78,7 @@ def same_scores(run: Path, picture: Path, logits: np.ndarray, probabilities: np.
         np.testing.assert_allclose(scores, theirs, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow(reason="the ONNX export of a ResNet18 takes 20 s; the quick tier exports a torch program")
 def test_an_onnx_file_gives_the_numbers_of_predict(run: Path, scans: Path, export: Command, tmp_path: Path) -> None:
     done = export(tmp_path, f"output_root={run.parents[1]}", "model=set/cell", f"input={scans}", "output=a/model.onnx")
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,7 @@ def report(environment: dict[str, str]) -> Command:
 def sweep(finished_runs: FinishedRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with copies of two runs below outputs/two."""
     folder = tmp_path_factory.mktemp("sweep")
-    for words in (("strategy=fc",), ()):
+    for words in (("strategy=fc", "probes=false"), ("probes=false",)):
         finished_runs.copy(folder, *words)
     (folder / "outputs" / "phantom").rename(folder / "outputs" / "two")
     return folder

@@ -47,9 +47,8 @@ RECORD = {
 # Each kind of block, task and view once: deeper networks repeat the same operations, and an export takes 10 s or more.
 PAIRS = [
     ("resnet18", "binary", "whole"),
-    ("resnet50", "three_class", "border"),
-    ("vgg11", "three_class_multilabel", "centre"),
-    ("vgg11_bn", "three_class", "lungs_blurred"),
+    ("vgg11", "three_class_multilabel", "lungs_blurred"),
+    ("vgg11_bn", "three_class", "border"),
 ]
 
 
@@ -82,7 +81,7 @@ def canvas(image: np.ndarray, size: int, crop: int) -> np.ndarray:
 
 def test_the_canvas_is_that_of_the_store_to_the_bit() -> None:
     rng = np.random.default_rng(0)
-    for _ in range(300):
+    for _ in range(100):
         crop = int(rng.integers(32, 130))
         size = crop + int(rng.integers(0, 40))
         short = int(rng.integers(32, 4 * size))
@@ -116,16 +115,15 @@ def test_onnx_scores_as_the_model_does(backbone: str, task: str, seen: str) -> N
     assert max(gaps) <= TOLERANCE
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "vgg11"])
-def test_a_torch_program_scores_as_the_model_does(backbone: str) -> None:
-    model = make_model(backbone)
+def test_a_torch_program_scores_as_the_model_does() -> None:
+    model = make_model("resnet18")
     run = open_exported(export_model(model, "torch"), "torch")
     assert max(largest_difference(run_model(model), run, random_batches(38))) <= TOLERANCE
 
 
 @pytest.fixture(scope="module", params=FORMATS)
 def exported(request: pytest.FixtureRequest) -> tuple[Model, bytes, str]:
-    model = make_model()
+    model = make_model("vgg11")
     return model, export_model(model, request.param), request.param
 
 
@@ -160,7 +158,7 @@ def test_a_file_says_what_it_is_and_not_where_it_was_made(exported: tuple[Model,
 
 def test_a_file_of_other_weights_is_found_out(exported: tuple[Model, bytes, str]) -> None:
     _, data, kind = exported
-    other = make_model()
+    other = make_model("vgg11")
     with torch.no_grad():
         other.scorer.net.get_submodule("head.out").bias += 2e-4
     logits, _ = largest_difference(run_model(other), open_exported(data, kind), random_batches(38))
@@ -213,6 +211,6 @@ def test_real_radiographs_score_as_in_the_model() -> None:
     assert len({picture.shape for picture in pictures}) > 3
     for picture in pictures:
         np.testing.assert_array_equal(canvas(picture, 256, 224), draw_on_canvas(picture, 256, 224))
-    model = make_model(size=256, crop=224)
+    model = make_model("vgg11", size=256, crop=224)
     run = open_exported(export_model(model, "onnx"), "onnx")
     assert max(largest_difference(run_model(model), run, batches_of(pictures))) <= TOLERANCE

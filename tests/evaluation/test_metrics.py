@@ -111,10 +111,10 @@ def test_no_class_is_decided_from_a_broken_score(bad):
 
 
 @ALL_TASKS
-def test_a_hundred_random_cases_with_ties_agree_with_sklearn(task):
+def test_random_cases_with_ties_agree_with_sklearn(task):
     rng = np.random.default_rng(20)
     labels = list(range(len(task.classes)))
-    for _ in range(100):  # few enough images for every kind of tie and of empty column
+    for _ in range(40):  # few enough images for every kind of tie and of empty column
         truth, prob = random_case(rng, task)
         decided = decide(prob, task)
         targets = np.eye(len(labels), dtype=int)[truth]

@@ -59,6 +59,7 @@ def test_an_epoch_moves_what_is_trained_and_the_statistics_of_what_is_not(
     assert {"bn1.running_mean", "layer1.0.bn1.running_var"} < moved
 
 
+@pytest.mark.slow(reason="the fit is a process of its own")
 def test_a_lightning_fit_trains_an_epoch_when_it_is_told_to(cache: Path, tmp_path: Path) -> None:
     chosen = table_settings(cache, "strategy=fc")
     task = TASKS["binary"]
