@@ -1,4 +1,4 @@
-"""What every command shares: composing its configuration, exit codes, and errors a user can act on."""
+"""Shared by all commands: composing the configuration, exit codes, one-line errors."""
 
 import copy
 import inspect
@@ -29,7 +29,7 @@ from covid_cls.targets import check_compositions, check_targets
 
 
 class ConsoleHandler(logging.StreamHandler[TextIO]):
-    """Writes to what `sys.stdout` is at that moment, so that a live progress bar stays below the log's lines."""
+    """Writes to the current `sys.stdout`, which a live progress bar replaces to stay below the log lines."""
 
     def __init__(self) -> None:
         super().__init__(sys.stdout)
@@ -41,7 +41,7 @@ class ConsoleHandler(logging.StreamHandler[TextIO]):
 
 
 def conf_folder() -> Path:
-    """The configuration: covid_cls/conf in a wheel, conf beside the package in a checkout."""
+    """Return the folder of the configuration: covid_cls/conf in a wheel, conf next to the package in a checkout."""
     package = Path(__file__).resolve().parent
     shipped = package / "conf"
     return shipped if shipped.is_dir() else package.parent / "conf"
@@ -51,7 +51,7 @@ def run_command(
     task: Callable[[DictConfig], None],
     config_name: str,
     words: Sequence[str],
-    stopped: str = "before its results were whole",
+    stopped: str = "the results are incomplete",
     finished: Callable[[DictConfig], Path | None] | None = None,
 ) -> int:
     """Run `task` on the configuration that the words of a command line describe.
@@ -85,9 +85,9 @@ def run_command(
     except SystemExit as end:  # of --help, and of a task that has printed why it failed
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except (HydraException, OmegaConfBaseException) as error:
-        if full or isinstance(error, InstantiationException):  # Hydra's word for whatever a constructor raised
+        if full or isinstance(error, InstantiationException):  # a constructor raised it, so it may be a bug
             raise
-        reason = error.__cause__ if isinstance(error.__cause__, InputError) else error  # of a resolver of ours
+        reason = error.__cause__ if isinstance(error.__cause__, InputError) else error  # raised by one of our resolvers
         print(f"error: {_one_line(reason)}", file=sys.stderr)
         code = 2
     except Interrupted as stop:
@@ -96,7 +96,7 @@ def run_command(
     except Exception:
         if not Sweep.current:
             raise
-        traceback.print_exc()  # of a launcher; what became of its cells is listed all the same
+        traceback.print_exc()  # a launcher failed; its jobs are listed all the same
         code = 1
     return (Sweep.current.close() if Sweep.current else 0) or code
 
@@ -177,7 +177,11 @@ def _guarded(task: Callable[[DictConfig], None], cfg: DictConfig, full: bool) ->
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as resolved dicts, lists, strings and numbers. InputError where a value is missing."""
+    """Return the configuration as resolved dicts, lists, strings and numbers.
+
+    Raises:
+        InputError: A mandatory value is not set.
+    """
     try:
         settings = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
@@ -189,9 +193,12 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def check_section(name: str, constructor: Callable[..., Any], section: dict[str, Any]) -> None:
-    """InputError where `section` holds a key that `constructor` does not take, or a value of another type.
+    """Check a section of the configuration against the signature of the constructor that takes it.
 
-    The constructor's signature is the schema of its section of conf/: there is no second copy of it.
+    The signature is the only schema of a section of conf/.
+
+    Raises:
+        InputError: A key is unknown, or a value has another type than the constructor's annotation.
     """
     known = inspect.signature(constructor, eval_str=True).parameters
     for key, value in section.items():
@@ -219,28 +226,30 @@ def existing_folder(settings: dict[str, Any], name: str) -> Path:
 
 
 def existing_file(settings: dict[str, Any], name: str) -> Path:
-    """Return the file that the setting `name` gives. Raises InputError if there is none."""
+    """Return the path that the setting `name` gives. Raises InputError if it does not exist."""
     path = Path(str(settings[name])).expanduser()
-    if not path.is_file():
+    if not path.exists():  # not is_file(): a shell's <(...) is a pipe
         raise InputError(f"{name}={path}: no such file (looked in {Path.cwd()}); correct the path")
     return path
 
 
 def check_paths(settings: dict[str, Any], *names: str) -> None:
-    """InputError where one of these settings is no text: Hydra makes lists and numbers of some paths."""
+    """Raise InputError if one of these settings is not a string: Hydra parses some paths as lists or numbers."""
     for name in names:
         if not isinstance(settings[name], str):
-            raise InputError(f"{name}={settings[name]}: no path to Hydra; put it in quotes twice: '{name}=\"…\"'")
+            raise InputError(
+                f"{name}={settings[name]}: Hydra does not read this as a path; quote it twice: '{name}=\"…\"'"
+            )
 
 
 def check_name(name: str | None) -> None:
-    """InputError where results of this name would leave output_root."""
+    """Raise InputError if results of this name would be outside output_root."""
     if name is not None and (Path(str(name)).is_absolute() or ".." in Path(str(name)).parts):
         raise InputError(f"name={name}: must be a folder below output_root; output_root=… chooses another place")
 
 
 def recipe() -> str | None:
-    """The name of the chosen experiment, e.g. "grid"."""
+    """Return the name of the chosen experiment, e.g. "grid", or None."""
     choice = HydraConfig.get().runtime.choices.get("experiment")
     return None if choice in (None, "null") else str(choice)
 
@@ -250,7 +259,7 @@ def _sweeping() -> bool:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value is of an annotated type; a list is checked as such, its items are not."""
+    """Return whether a plain value has an annotated type; the items of a list are not checked."""
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, option) for option in get_args(hint))
     kind = get_origin(hint) or hint
@@ -264,7 +273,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    """What Hydra or OmegaConf says over several lines, and why, without the object dumps and search paths."""
+    """Return an error of Hydra or OmegaConf, with its cause, on one line, without object dumps and search paths."""
     parts = [str(error), str(error.__cause__ or "")]
     dull = ("full_key:", "object_type=", "reference_type=", "provider=", "Config search path")
     lines = [line.strip() for part in parts for line in part.splitlines()]

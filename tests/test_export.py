@@ -134,7 +134,7 @@ def test_a_file_that_scores_otherwise_is_not_written(
         (["model={run}", "input={scans}/note.txt"], "none of 1 files can be read: note.txt: a text file"),
         (["model={run}", "output={scans}"], "give the name of a file, outside the model's folder"),
         (["model={run}", "output={run}/model/model.json"], "give the name of a file, outside the model's folder"),
-        (["model={run}", "output=7"], "output=7: no path to Hydra"),
+        (["model={run}", "output=7"], "output=7: Hydra does not read this as a path"),
     ],
 )
 def test_a_fault_of_the_input_leaves_nothing(

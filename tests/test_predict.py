@@ -122,7 +122,7 @@ def test_a_folder_of_all_sorts_is_a_table_with_a_row_for_each(
         (["model={run}"], "input is not set: give input="),
         (["model={run}", "input=nowhere"], "input=nowhere: no such file or folder (looked in "),
         (["model=nowhere", "input=mixed"], "model=nowhere: no such folder"),
-        (["model={run}", "input=5"], "input=5: no path to Hydra"),
+        (["model={run}", "input=5"], "input=5: Hydra does not read this as a path"),
         (["model={run}", "input=mixed", "threshold=0.5"], "threshold=0.5: expected str"),
         (["model={run}", "input=mixed", "threshold=best"], "threshold=best: this model has "),
         (["model={run}", "input=mixed", "batch_size=0"], "batch_size=0: must be at least 1"),
@@ -176,7 +176,7 @@ def test_ctrl_c_leaves_no_half_table(
     monkeypatch.setattr(Tally, "add", stop)
     done = predict(tmp_path, ARGMAX, f"model={run}", "input=mixed", "batch_size=1", "output=out/table.csv")
     assert done.returncode == 130
-    assert done.stderr == "stopped by SIGINT: before its results were whole\n"
+    assert done.stderr == "stopped by SIGINT: the results are incomplete\n"
     assert len(written) == 1
     assert list((tmp_path / "out").iterdir()) == []
 
