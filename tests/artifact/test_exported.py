@@ -205,12 +205,9 @@ def test_speed_is_images_by_the_median_second_without_the_first_round(monkeypatc
 
 @pytest.mark.real
 @pytest.mark.skipif(not CXR.is_dir(), reason="the real radiographs are not there")
-def test_real_radiographs_score_as_in_the_model() -> None:
+def test_real_radiographs_have_the_canvas_of_the_store() -> None:
     files = [file for file in sorted((CXR / "raw").rglob("*")) if file.suffix in (".jpg", ".jpeg", ".png")][::4]
     pictures = [read_image(file) for file in files]
     assert len({picture.shape for picture in pictures}) > 3
     for picture in pictures:
         np.testing.assert_array_equal(canvas(picture, 256, 224), draw_on_canvas(picture, 256, 224))
-    model = make_model("vgg11", size=256, crop=224)
-    run = open_exported(export_model(model, "onnx"), "onnx")
-    assert max(largest_difference(run_model(model), run, batches_of(pictures))) <= TOLERANCE
