@@ -23,7 +23,7 @@ def report(environment: dict[str, str]) -> Command:
 def sweep(finished_runs: FinishedRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with copies of two runs below outputs/two."""
     folder = tmp_path_factory.mktemp("sweep")
-    for words in (("strategy=fc", "probes=false"), ("probes=false",)):
+    for words in (("task=three_class", "strategy=fc", "probes=false"), ("task=three_class",)):
         finished_runs.copy(folder, *words)
     (folder / "outputs" / "phantom").rename(folder / "outputs" / "two")
     return folder
@@ -35,16 +35,18 @@ def test_trained_cells_become_a_page_and_tables(sweep: Path, report: Command, tm
     assert first.stderr == ""
     output = sweep / "outputs" / "two" / "report"
     assert sorted(path.name for path in output.iterdir()) == ["index.html", "results.csv", "results.md"]
-    assert "binary, phantom, split by patient: " in first.stdout
+    assert "three class, phantom, split by patient: " in first.stdout
     assert f"results in {output}" in first.stdout
-    assert "resnet18, partial, ce" in (output / "index.html").read_text(encoding="utf-8")
+    page = (output / "index.html").read_text(encoding="utf-8")
+    assert "resnet18, partial, ce" in page
+    assert "The trained network on changed test images" in page
     text = (output / "results.csv").read_bytes()
-    folders = sorted((sweep / "outputs" / "two").glob("binary-*"))
+    folders = sorted((sweep / "outputs" / "two").glob("three_class-*"))
     for row in csv.DictReader(io.StringIO(text.decode())):
         if row["backbone"]:
             (folder,) = [folder for folder in folders if f"-{row['strategy']}-" in folder.name]
             scores = point_scores(
-                read_predictions(folder / "predictions-test.csv", TASKS["binary"].classes), TASKS["binary"]
+                read_predictions(folder / "predictions-test.csv", TASKS["three_class"].classes), TASKS["three_class"]
             )
             assert float(row["value"] or "nan") == pytest.approx(scores[row["score"]], abs=1e-9, nan_ok=True)
     # From outputs, by name, elsewhere: the same numbers, and one opening more.
