@@ -106,7 +106,8 @@ def chromium(width: int = 1600, height: int = 1200) -> Iterator[Page]:
     """A page of `width` x `height` pixels in a browser of its own, which ends with the block."""
     assert CHROMIUM is not None
     commands, answers = os.pipe(), os.pipe()
-    with tempfile.TemporaryDirectory() as profile:
+    # The browser's helper processes may still write while the folder is removed.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         words = [
             CHROMIUM,
             "--headless=new",
