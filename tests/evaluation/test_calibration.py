@@ -50,6 +50,15 @@ def test_a_temperature_changes_no_decision(task: Task, temperature: float) -> No
     assert decided[0] == decided[1]
 
 
+def test_logits_are_divided_by_the_temperature() -> None:
+    logit = np.array([[2.0, 0.0]])
+    p = 1 / (1 + math.exp(-1))  # the difference of 2 becomes 1 at temperature 2
+    assert calibrated(logit, 2.0, TASKS["binary"]) == pytest.approx(np.array([[p, 1 - p]]))
+    logit = np.array([[2.0, 0.0, -2.0]])
+    found = calibrated(logit, 2.0, TASKS["three_class_multilabel"])
+    assert found == pytest.approx(np.array([[p, 0.5, 1 - p]]))
+
+
 @ALL_TASKS
 def test_a_temperature_that_the_data_do_not_determine_is_nan(task: Task) -> None:
     truth = np.arange(30) % len(task.classes)
