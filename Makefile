@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help env run test test-fast lint format types check audit bench simulations soak wheel board clean
+.PHONY: help env run test test-slow test-random faults lint format types check audit bench timings simulations soak wheel \
+        board clean
 
 help: ## list these verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12

@@ -50,7 +50,7 @@ def test_a_command_leaves_its_results(
 ) -> None:
     images = tmp_path / "images"
     images.mkdir()
-    (source,) = list(phantoms.parent.rglob("*.png"))[:1]
+    source = next(phantoms.parent.rglob("*.png"))
     (images / "one.png").write_bytes(source.read_bytes())
     done = starter(name, environment)(tmp_path, *words.format(run=run_folder, images=images).split())
     assert done.returncode == 0, done.stderr
