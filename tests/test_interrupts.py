@@ -10,21 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from covid_cls import interrupts
 from covid_cls.interrupts import SIGNALS, Interrupted, deferred, interruptible, received, safe_point
-from tests.conftest import Command, start
+from tests.conftest import Command, restored_state, start
 from tests.test_commands import cells, record, weights
 from tests.training.small import SMALL
 
 
 @pytest.fixture(autouse=True)
-def no_signal_yet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_signal_yet() -> Iterator[None]:
     """A process that no signal has reached, and that handles signals afterwards as it did before."""
-    monkeypatch.setattr(interrupts, "_state", interrupts._State())
-    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGCHLD)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with restored_state():
+        yield
 
 
 @pytest.mark.parametrize(
