@@ -1,4 +1,4 @@
-"""Class names, their order and their aliases: the only place where an index meets a name."""
+"""Class names, their order and their aliases: the only module that maps class indices to names."""
 
 import re
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 CLASSES = ("covid", "normal", "pneumonia")
 POSITIVE = "covid"
 
-# Lower case, letters and digits only: `canonical` strips everything else before it looks here.
+# Only lower-case letters and digits, because `canonical` removes everything else before the lookup.
 _ALIASES = {
     "covid": ("covid", "covid19", "covid2019", "ncov", "sarscov2", "coronavirus", "covidpneumonia", "covid19pneumonia"),
     "normal": ("normal", "nofinding", "nofindings", "healthy", "control", "noncovidnormal"),
@@ -25,10 +25,12 @@ _BY_ALIAS = {alias: name for name, aliases in _ALIASES.items() for alias in alia
 
 
 def canonical(name: str) -> str | None:
-    """The class that `name` means ("COVID-19", "No_findings", "Viral Pneumonia"), or None if it names none.
+    """Return the class that a label or folder name means, or None if it means no class.
 
-    Case, spaces and punctuation do not count, nor does a count behind the name ("Covid-19 125", "normal (500)").
+    Examples: "COVID-19" is covid, "No_findings" is normal, "Viral Pneumonia" is pneumonia. Case, spaces, punctuation
+    and a number of images after the name ("normal (500)") are ignored.
     """
+    # First with all digits, since "covid-19" ends with a number that belongs to the name.
     for text in (name, re.sub(r"[\s_(\-]+\d+\)?\s*$", "", name)):
         found = _BY_ALIAS.get(re.sub(r"[^a-z0-9]", "", text.lower()))
         if found:
@@ -38,10 +40,13 @@ def canonical(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Task:
-    """A set of classes in their fixed order and how their scores relate.
+    """A classification task.
 
-    multilabel=False: one softmax over `classes`. multilabel=True: one sigmoid per class, and a covid image is also
-    positive for pneumonia (target [1, 0, 1]).
+    Attributes:
+        name: The name in the configuration group `task`.
+        classes: Class names in the order of the network's outputs; the positive class, covid, is first.
+        multilabel: False for one softmax over the classes. True for one sigmoid per class, where a covid image is also
+            positive for pneumonia (target [1, 0, 1]).
     """
 
     name: str
@@ -50,7 +55,7 @@ class Task:
 
     @property
     def targets(self) -> tuple[tuple[int, ...], ...]:
-        """Row k: the 0/1 target vector of an image whose class has index k."""
+        """Return the 0/1 target vectors: row k belongs to an image whose class has index k."""
         size = len(self.classes)
         rows = [[int(i == k) for i in range(size)] for k in range(size)]
         if self.multilabel:

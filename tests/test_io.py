@@ -9,18 +9,18 @@ import pandas as pd
 import pytest
 
 from covid_cls.errors import InputError, listed
-from covid_cls.labels import CLASSES
-from covid_cls.records import (
+from covid_cls.io import (
     ID_COLUMNS,
+    atomic_file,
     digest,
     file_sha256,
     prediction_columns,
     read_json,
     read_predictions,
-    whole_file,
     write_json,
     write_predictions,
 )
+from covid_cls.tasks import CLASSES
 
 TRICKY_IDS = [
     "007",
@@ -175,7 +175,7 @@ def test_whole_file_keeps_the_old_content_when_the_block_raises(tmp_path: Path) 
     path.write_bytes(b"old")
 
     def fail() -> None:
-        with whole_file(path) as file:
+        with atomic_file(path) as file:
             file.write(b"half of the new")
             raise KeyboardInterrupt
 
@@ -187,7 +187,7 @@ def test_whole_file_keeps_the_old_content_when_the_block_raises(tmp_path: Path) 
 
 def test_whole_file_leaves_nothing_when_a_new_file_fails(tmp_path: Path) -> None:
     def fail() -> None:
-        with whole_file(tmp_path / "new") as file:
+        with atomic_file(tmp_path / "new") as file:
             file.write(b"x")
             raise OSError(28, "No space left on device")
 
@@ -199,7 +199,7 @@ def test_whole_file_leaves_nothing_when_a_new_file_fails(tmp_path: Path) -> None
 def test_until_the_block_ends_readers_see_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_bytes(b"old")
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(b"new")
         file.flush()
         assert path.read_bytes() == b"old"

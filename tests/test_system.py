@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from covid_cls.interrupts import SIGNALS, Interrupted, deferred, interruptible, received, safe_point
+from covid_cls.system import SIGNALS, Interrupted, deferred, interruptible, received, safe_point
 from tests.conftest import Command, restored_state, start
-from tests.test_commands import cells, record, weights
+from tests.test_commands import record, run_folders, weights
 from tests.training.small import SMALL
 
 
@@ -145,40 +147,40 @@ def said(number: signal.Signals) -> str:
 def test_a_run_stopped_in_training_and_in_predicting_goes_on_to_the_same_weights(
     environment: dict[str, str], train_process: Command, tmp_path: Path
 ) -> None:
-    words = (*SMALL, "strategy=fc", "trainer.max_epochs=6", "logger=none", "probes=false")
+    words = (*SMALL, "strategy=fc", "trainer.max_epochs=6", "logger=none", "baselines=false")
     assert train_process(tmp_path, *words, "output_root=whole").returncode == 0
-    (whole,) = cells(tmp_path / "whole")
+    (whole,) = run_folders(tmp_path / "whole")
 
     stopping = Started(tmp_path, environment, "epoch 2/6", *words)  # the checkpoint of the second waits in memory
     assert stopping.stopped(signal.SIGTERM, all_processes=False) == (143, [said(signal.SIGTERM)])
-    (cell,) = cells(tmp_path / "outputs")
-    assert (record(cell)["status"], record(cell)["reason"]) == ("interrupted", "SIGTERM")
-    assert torch.load(cell / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
+    (folder,) = run_folders(tmp_path / "outputs")
+    assert (record(folder)["status"], record(folder)["reason"]) == ("interrupted", "SIGTERM")
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
 
     stopping = Started(tmp_path, environment, "epoch 4/6", *words, "data.workers=2")
     code, errors = stopping.stopped(signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, all_processes=True)
     assert (code, errors[-1], "Traceback" in str(errors)) == (143, said(signal.SIGUSR1), False)
-    assert record(cell)["reason"] == "SIGUSR1"
-    last, previous = (cell / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt"))
+    assert record(folder)["reason"] == "SIGUSR1"
+    last, previous = (folder / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt"))
     before = torch.load(previous, weights_only=True)["epoch"] + 1
     last.write_bytes(last.read_bytes()[:-1])
 
-    stopping = Started(tmp_path, environment, "epoch 6/6", *words, "probes=true")
+    stopping = Started(tmp_path, environment, "epoch 6/6", *words, "baselines=true")
     time.sleep(0.3)
     code, errors = stopping.stopped(signal.SIGINT, all_processes=True)
     assert (code, errors[-1], "Traceback" in str(errors)) == (130, said(signal.SIGINT), False)
-    assert record(cell)["reason"] == "SIGINT"
-    assert not (cell / "metrics.json").exists()
-    (note,) = [note for note in record(cell)["notes"] if last.name in note]
+    assert record(folder)["reason"] == "SIGINT"
+    assert not (folder / "metrics.json").exists()
+    (note,) = [note for note in record(folder)["notes"] if last.name in note]
     assert f"{previous.relative_to(tmp_path)}, epoch {before}: {last.relative_to(tmp_path)}: not a file" in note
 
     done = train_process(tmp_path, *words)
     assert done.returncode == 0, done.stderr
     assert "epoch 6/6" not in done.stdout
     assert note in done.stdout  # among those of the results
-    expected, found = weights(whole), weights(cell)
+    expected, found = weights(whole), weights(folder)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert not list(cell.rglob(".*.part"))
+    assert not list(folder.rglob(".*.part"))
 
 
 @pytest.mark.slow(reason="a signal stops a process")
@@ -193,7 +195,7 @@ def test_a_command_stopped_before_it_trains_leaves_nothing(
     time.sleep(0.3)
     assert stopping.stopped(number, all_processes=True) == (128 + number, [said(number)])
     assert not list((cache / "store").glob("*.tmp*"))
-    assert not cells(tmp_path)
+    assert not run_folders(tmp_path)
 
 
 @pytest.mark.slow(reason="a signal stops a run of two processes")
@@ -202,6 +204,15 @@ def test_all_processes_of_a_distributed_run_end(environment: dict[str, str], tmp
     words = [*small, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_epochs=20"]
     stopping = Started(tmp_path, environment, "epoch 2/20", *words, "strategy=fc", "logger=none")
     assert stopping.stopped(signal.SIGTERM, all_processes=True) == (143, [said(signal.SIGTERM)])
-    (cell,) = cells(tmp_path)
-    assert (record(cell)["status"], record(cell)["reason"]) == ("interrupted", "SIGTERM")
-    assert torch.load(cell / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] >= 1
+    (folder,) = run_folders(tmp_path)
+    assert (record(folder)["status"], record(folder)["reason"]) == ("interrupted", "SIGTERM")
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] >= 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system binds no process to cores")
+def test_a_process_bound_to_one_core_counts_one() -> None:
+    lines = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import covid_cls.system as m; "
+    done = subprocess.run(
+        [sys.executable, "-c", lines + "print(m.cores())"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "1\n"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from covid_cls.labels import CLASSES, POSITIVE, TASKS, canonical
+from covid_cls.tasks import CLASSES, POSITIVE, TASKS, canonical
 
 SPELLINGS = {
     "covid": (
