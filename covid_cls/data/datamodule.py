@@ -1,6 +1,6 @@
-"""From a named data set to loaders: find, check, split, decode once, serve."""
+"""Batches of a data set: read its table, split it, decode the images once and serve them."""
 
-import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,157 +12,61 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from covid_cls.data import phantom
 from covid_cls.data.dataset import EpochBatches, Features, OrderedBatches, RadiographDataset, on_device
-from covid_cls.data.manifest import SPLITS, read_folder, read_manifest
+from covid_cls.data.image_source import DataSettings, ImageSource
+from covid_cls.data.manifest import SPLITS
 from covid_cls.data.splits import assign_splits, check_classes
-from covid_cls.data.store import Store, default_cache, hash_files, open_store
+from covid_cls.data.store import Store, hash_files, open_store
 from covid_cls.errors import InputError, listed
-from covid_cls.labels import Task
-from covid_cls.records import Batch, digest
+from covid_cls.io import Batch, digest
+from covid_cls.tasks import Task
 
-log = logging.getLogger(__name__)
-
-
-def find_images(
-    cache: Path,
-    *,
-    kind: str,
-    path: str | None = None,
-    root: str | None = None,
-    images: int = 600,
-    phantom_seed: int = 0,
-    shortcut: str = "none",
-    shortcut_strength: float = 1.0,
-) -> pd.DataFrame:
-    """The table of a data set as `read_manifest` gives it: a "manifest" at `path`, a "folder" at `root`, or "phantom".
-
-    Phantoms (see `build_phantoms`) are drawn into `cache` on first use. Nothing is decoded.
-    """
-    if kind == "phantom":
-        name = f"{images}-{phantom_seed}-{shortcut}-{shortcut_strength}-{phantom.drawing_version()[:8]}"
-        folder = cache / "phantoms" / name
-        log.info("phantoms: %s", folder)
-        return read_manifest(
-            phantom.build_phantoms(
-                folder, images=images, seed=phantom_seed, shortcut=shortcut, shortcut_strength=shortcut_strength
-            )
-        )
-    if kind == "folder":
-        return read_folder(Path(str(root)).expanduser())
-    return read_manifest(Path(str(path)).expanduser())
-
-
-def set_name(kind: str, path: str | None, root: str | None) -> str:
-    """What results call a data set: its folder's name, or "phantom"."""
-    if kind == "phantom":
-        return kind
-    return Path(root or "").resolve().name if kind == "folder" else Path(path or "").resolve().parent.name
-
-
-def decode_images(
-    table: pd.DataFrame, *, size: int, canvas: int, cache: Path, on_bad_image: str
-) -> tuple[Store, pd.DataFrame, pd.DataFrame]:
-    """The store of `table`'s images, `table` without undecodable ones and with every sha256, and those, quarantined.
-
-    `table` is numbered from 0, and its index stays the image's row in the store. quarantined: path, line, reason.
-    InputError naming the undecodable images where on_bad_image is "stop".
-    """
-    if on_bad_image not in ("stop", "quarantine"):
-        raise InputError(f"data.on_bad_image={on_bad_image}: must be stop or quarantine")
-    table = table.assign(sha256=hash_files(table, cache))
-    store = open_store(table, table["sha256"].tolist(), size=size, canvas=canvas, cache=cache)
-    quarantined = table.loc[list(store.bad), ["path", "line"]].assign(reason=list(store.bad.values()))
-    if store.bad and on_bad_image == "stop":
-        raise InputError(_bad_images(quarantined))
-    return store, table.drop(index=list(store.bad)), quarantined
-
-
-def batch_loader(dataset: RadiographDataset, batches: EpochBatches | OrderedBatches, workers: int) -> DataLoader[Batch]:
-    """A loader of whole batches; `workers` processes where images come from disk, which alone gains from them."""
-    # Only images on disk gain from other processes, and only they can be copied to a GPU while it works.
-    on_disk = not isinstance(dataset.views[0], Tensor)
-    workers = workers if on_disk and dataset.stage == 0 else 0
-    return DataLoader(
-        dataset,
-        sampler=batches,  # yields whole batches, so the loader itself must not batch
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=on_disk and torch.cuda.is_available(),
-        persistent_workers=workers > 0,
-        generator=torch.Generator(),  # starting a loader then draws nothing from the global generator
-    )
-
-
-def class_indices(table: pd.DataFrame, task: Task) -> NDArray[np.int64]:
-    """The class index of each row, (N,), in the task's order."""
-    index = {name: k for k, name in enumerate(task.classes)}
-    return np.array([index[name] for name in table["label"]], dtype=np.int64)
+# The name of the only split of `ExternalRadiographs`.
+EXTERNAL_SPLIT = "external"
 
 
 class Radiographs(pl.LightningDataModule):
-    """Train, val and test loaders of `Batch`es for one task over phantoms, a folder or a manifest.
+    """Training, validation and test batches of one task.
 
-    After construction `table` has one row per usable image of the task (see `read_manifest`; split, fold and sha256 are
-    filled in), sorted by path; its index is the image's row in the store. `digest` stands for content, labels and
-    splits. canvas: side of the stored squares. order_seed: of the training order; `seed` is that of the splits.
-    Everything wrong with the data is an InputError here, before any training. See conf/data for the settings.
+    Attributes:
+        table: One row per usable image of the task, sorted by path, with the columns of `read_manifest`; split, fold
+            and sha256 are filled in. The index is the row of the image in the store.
+        images: The canvases of the store, uint8 (M, S, S).
+        digest: Identifies the content, labels and splits of the images.
+        store_digest: Identifies the content of the store.
+        quarantined: Undecodable images: path, line, reason.
+        left_out: Number of images whose class the task does not have.
+        features: Outputs of a frozen network that training uses in place of the images, or None.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        canvas: int,
-        order_seed: int,
-        *,
-        kind: str,
-        path: str | None = None,
-        root: str | None = None,
-        images: int = 600,
-        phantom_seed: int = 0,
-        shortcut: str = "none",
-        shortcut_strength: float = 1.0,
-        size: int = 256,
-        batch_size: int = 32,
-        sampler: str = "shuffle",
-        seed: int = 0,
-        group: str = "patient",
-        val_share: float = 0.15,
-        test_share: float = 0.15,
-        folds: int | None = None,
-        fold: int = 0,
-        workers: int = 0,
-        on_bad_image: str = "stop",
-        cache: str | None = None,
-    ) -> None:
+    def __init__(self, task: Task, canvas: int, order_seed: int, settings: DataSettings) -> None:
+        """Read, split and decode the images, so that every error in the data is found before training.
+
+        Args:
+            task: The classes; images of other classes are left out.
+            canvas: Side in pixels of the stored squares.
+            order_seed: Random seed of the training order. That of the splits is `settings.seed`.
+            settings: The section `data` of the configuration.
+
+        Raises:
+            InputError: A setting, the manifest, an image or a split is at fault.
+        """
         super().__init__()
-        if batch_size < 2:
-            raise InputError(f"data.batch_size={batch_size}: batch norm needs at least 2")
-        self.task, self.group, self.batch_size, self.sampler = task, group, batch_size, sampler
-        self.workers, self.order_seed, self._next_epoch = workers, order_seed, 0
-        self.name = set_name(kind, path, root)
-        cache_root = Path(cache).expanduser() if cache else default_cache()
-        table = find_images(
-            cache_root,
-            kind=kind,
-            path=path,
-            root=root,
-            images=images,
-            phantom_seed=phantom_seed,
-            shortcut=shortcut,
-            shortcut_strength=shortcut_strength,
-        )
-        # Splits are drawn before classes and bad images are set aside: a patient stays where it is in every task.
-        table = assign_splits(
-            table, seed=seed, group=group, val_share=val_share, test_share=test_share, folds=folds, fold=fold
-        )
-        store, self.table, self.quarantined = decode_images(
-            table, size=size, canvas=canvas, cache=cache_root, on_bad_image=on_bad_image
+        if settings.batch_size < 2:
+            raise InputError(f"data.batch_size={settings.batch_size}: batch norm needs at least 2 images per batch")
+        self.task, self.order_seed, self.settings, self._next_epoch = task, order_seed, settings, 0
+        self.name, self.cache = settings.name, settings.cache_folder
+        self.batch_size, self.workers = settings.batch_size, settings.workers
+        # Images are split before classes and bad images are left out, so that a patient is in the same split in
+        # every task.
+        table = assign_splits(settings.read_table(), settings)
+        store, usable, self.quarantined = decode_images(
+            table, size=settings.size, canvas=canvas, cache=self.cache, on_bad_image=settings.on_bad_image
         )
         self.images: NDArray[np.uint8] | Tensor = store.images
-        self.store_digest, self.cache = store.digest, cache_root
+        self.store_digest = store.digest
         self.features: Features | None = None
-        self.table = self.table[self.table["label"].isin(task.classes)]
+        self.table: pd.DataFrame = usable[usable["label"].isin(task.classes)]
         check_classes(self.table, task.classes)
         self.left_out = int((~table["label"].isin(task.classes)).sum())
         columns = ["path", "label", "patient_id", "split", "sha256"]
@@ -170,24 +74,23 @@ class Radiographs(pl.LightningDataModule):
 
     @property
     def class_counts(self) -> list[int]:
-        """Training images per class, in the task's order."""
+        """Number of training images per class, in the task's order."""
         train = self.table.loc[self.table["split"] == "train", "label"]
         return [int((train == name).sum()) for name in self.task.classes]
 
     def facts(self) -> dict[str, Any]:
-        """What a reader of the results must know about the data, in plain values."""
+        """Return counts and notes on the data as plain values for run.json."""
         table = self.table
         alone = int(table["patient_id"].str.startswith("image:").sum())
         counts = pd.crosstab(table["split"], table["label"]).reindex(index=SPLITS, columns=self.task.classes)
-        notes = []
-        if alone:
-            notes.append(f"{alone} of {len(table)} images have no patient_id: each counts as a patient of its own")
-        if self.group == "image":
-            notes.append("LEAKY SPLIT: images were split without regard to patients (data.group=image)")
-        if self.left_out:
-            notes.append(f"{self.left_out} images of classes outside the task {self.task.name} were left out")
-        if len(self.quarantined):
-            notes.append(f"{len(self.quarantined)} undecodable images were quarantined")
+        notes = {
+            f"{alone} of {len(table)} images have no patient_id: each counts as a separate patient": alone,
+            "LEAKY SPLIT: images of one patient can be in several splits (data.group=image)": (
+                self.settings.group == "image"
+            ),
+            f"{self.left_out} images of classes outside the task {self.task.name} were left out": self.left_out,
+            f"{len(self.quarantined)} undecodable images were quarantined": len(self.quarantined),
+        }
         return {
             "images": len(table),
             "patients": int(table["patient_id"].nunique()),
@@ -195,7 +98,7 @@ class Radiographs(pl.LightningDataModule):
             "patients_per_split": table.groupby("split")["patient_id"].nunique().to_dict(),
             "sources": table["source"].replace("", "unknown").value_counts().to_dict(),
             "quarantined": self.quarantined.to_dict("records"),
-            "notes": notes,
+            "notes": [note for note, applies in notes.items() if applies],
         }
 
     def keep_on(self, device: torch.device) -> None:
@@ -204,59 +107,176 @@ class Radiographs(pl.LightningDataModule):
             self.images = on_device(self.images, device)
 
     def dataset(self, split: str, features: Features | None = None) -> RadiographDataset:
-        """The images of one split, in the order of `table`; or what a network made of them."""
+        """Return the images of one split, or their features, in the order of `table`."""
+        views: Any = [self.images]
+        if features is not None:
+            views = features.train if split == "train" else [features.centre]
         part = self.table[self.table["split"] == split]
-        labels = class_indices(part, self.task)
-        rows = part.index.to_numpy(dtype=np.int64)
-        if features is None:
-            return RadiographDataset([self.images], rows, labels)
-        return RadiographDataset(
-            features.train if split == "train" else [features.centre], rows, labels, features.stage
-        )
+        return _dataset(views, part, self.task, features.stage if features else 0)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled training batches: images, or `features` where these are set."""
+        """Return shuffled training batches of images, or of `features` if these are set."""
         rank, world = self._rank()
         dataset = self.dataset("train", self.features)
-        views = len(dataset.views)
-        batches = EpochBatches(dataset.labels, self.batch_size, self.order_seed, self.sampler, rank, world, views)
+        batches = EpochBatches(
+            dataset.labels, self.batch_size, self.order_seed, self.settings.sampler, rank, world, len(dataset.views)
+        )
         batches.set_epoch(self._next_epoch)
         return batch_loader(dataset, batches, self.workers)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Validation batches, in order: images, or `features` where these are set."""
+        """Return validation batches of images, or of `features` if these are set."""
         return self.ordered_loader("val", *self._rank(), features=self.features)
 
     def ordered_loader(
         self, split: str, rank: int = 0, world: int = 1, features: Features | None = None
     ) -> DataLoader[Batch]:
-        """Every image of `split` once, or its features, in the order of `table`."""
+        """Return batches that contain every image of `split`, or its features, once and in the order of `table`."""
         dataset = self.dataset(split, features)
         return batch_loader(dataset, OrderedBatches(len(dataset), self.batch_size, rank, world), self.workers)
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch that a resumed run starts with.
-
-        Worker processes are started before Lightning sets the epoch (Lightning issue 21938), so a resumed run with
-        workers would otherwise see the order of epoch 0 again.
-        """
+        """Return the epoch with which a resumed run starts."""
+        # Lightning starts worker processes before it sets the epoch (its issue 21938), so a resumed run with workers
+        # would otherwise get the order of epoch 0 again.
         assert self.trainer is not None
         return {"next_epoch": self.trainer.current_epoch + 1}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the epoch that `state_dict` names."""
+        """Start with the epoch of a `state_dict`."""
         self._next_epoch = int(state_dict["next_epoch"])
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
 
-def _bad_images(bad: pd.DataFrame) -> str:
-    faults = [
-        f"{path} (line {line}): {reason}" if line else f"{path}: {reason}"
-        for path, line, reason in zip(bad["path"], bad["line"], bad["reason"], strict=True)
-    ]
-    return (
-        f"data: {len(bad)} images cannot be used: {listed(faults)}. "
-        "Mend or remove them, or set data.on_bad_image=quarantine to go on without them"
+class ExternalRadiographs:
+    """All usable images of a data set as one split, on which a trained network is evaluated.
+
+    The data set need not contain every class.
+
+    Attributes:
+        table: As in `Radiographs`, but split is `EXTERNAL_SPLIT` everywhere.
+        notes: Which images were left out and which classes are absent.
+    """
+
+    def __init__(self, task: Task, size: int, crop: int, settings: DataSettings) -> None:
+        """Read and decode the images.
+
+        Args:
+            task: The task of the network.
+            size: Short side in pixels to which the training images were scaled.
+            crop: Side in pixels of the network's input.
+            settings: Only `EXTERNAL_SETTINGS` are used.
+
+        Raises:
+            InputError: A setting, the manifest or an image is at fault, or no image has a class of the task.
+        """
+        self.task, self.settings, self.name = task, settings, settings.name
+        table, cache = settings.read_table(), settings.cache_folder
+        store, usable, quarantined = decode_images(
+            table, size=size, canvas=crop, cache=cache, on_bad_image=settings.on_bad_image
+        )
+        self.images = store.images
+        known = usable["label"].isin(task.classes)
+        self.table: pd.DataFrame = usable[known].assign(split=EXTERNAL_SPLIT, fold="")
+        if self.table.empty:
+            raise InputError(f"data: {self.name} has no usable image of {listed(task.classes)}. Give other images")
+        self.notes = [
+            f"{n} images of {label} were left out: the task {task.name} has no such class"
+            for label, n in usable.loc[~known, "label"].value_counts().items()
+        ]
+        self.notes += [
+            f"{self.name} has no image of {label}: scores that need this class are undefined"
+            for label in task.classes
+            if not (self.table["label"] == label).any()
+        ]
+        if len(quarantined):
+            paths = listed(quarantined["path"].tolist())
+            self.notes.append(f"{len(quarantined)} undecodable images were quarantined: {paths}")
+
+    def ordered_loader(self, split: str, features: Features | None = None) -> DataLoader[Batch]:
+        """Return batches of all images in the order of `table`; `split` is `EXTERNAL_SPLIT`, without features."""
+        assert (split, features) == (EXTERNAL_SPLIT, None)
+        dataset = _dataset([self.images], self.table, self.task)
+        return batch_loader(dataset, OrderedBatches(len(dataset), self.settings.batch_size), self.settings.workers)
+
+
+def decode_images(
+    table: pd.DataFrame, *, size: int, canvas: int, cache: Path, on_bad_image: str
+) -> tuple[Store, pd.DataFrame, pd.DataFrame]:
+    """Decode the images of a table into a store, and remove those that cannot be decoded from the table.
+
+    Args:
+        table: As `read_manifest` returns it, with the index 0 to N - 1.
+        size: Short side in pixels to which every image is scaled.
+        canvas: Side in pixels of the stored squares.
+        cache: The folder of the stores.
+        on_bad_image: "stop" or "quarantine".
+
+    Returns:
+        The store; the table of decodable images, with every sha256, whose index is the row in the store; and the
+        undecodable images (path, line, reason).
+
+    Raises:
+        InputError: Some images cannot be decoded and on_bad_image is "stop", or a sha256 is wrong.
+    """
+    if on_bad_image not in ("stop", "quarantine"):
+        raise InputError(f"data.on_bad_image={on_bad_image}: must be stop or quarantine")
+    table = table.assign(sha256=hash_files(table, cache))
+    store = open_store(table, table["sha256"].tolist(), size=size, canvas=canvas, cache=cache)
+    quarantined = table.loc[list(store.bad), ["path", "line"]].assign(reason=list(store.bad.values()))
+    if store.bad and on_bad_image == "stop":
+        rows = zip(quarantined["path"], quarantined["line"], quarantined["reason"], strict=True)
+        faults = [f"{path} (line {line}): {reason}" if line else f"{path}: {reason}" for path, line, reason in rows]
+        raise InputError(
+            f"data: {len(faults)} images cannot be used: {listed(faults)}. "
+            "Fix or remove them, or set data.on_bad_image=quarantine to leave them out"
+        )
+    return store, table.drop(index=list(store.bad)), quarantined
+
+
+def batch_loader(dataset: RadiographDataset, batches: EpochBatches | OrderedBatches, workers: int) -> DataLoader[Batch]:
+    """Return a loader whose items are the complete batches that `batches` lists."""
+    # Worker processes and pinned memory only help if images are read from disk: features are cheap to read, and
+    # tensors are on the GPU already.
+    on_disk = not isinstance(dataset.views[0], Tensor)
+    workers = workers if on_disk and dataset.stage == 0 else 0
+    return DataLoader(
+        dataset,
+        # The sampler yields complete batches, so the loader must not collect items itself.
+        sampler=batches,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=on_disk and torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+        # Without its own generator a loader draws from the global one whenever it is iterated.
+        generator=torch.Generator(),
     )
+
+
+def seen_in_training(table: pd.DataFrame, data: Mapping[str, Any]) -> list[str]:
+    """Return notes on images that a run may have been trained on.
+
+    Args:
+        table: The table of `ExternalRadiographs`.
+        data: The section `data` of the run's configuration.
+
+    Returns:
+        A note that names the images of `table` that are in the run's data set, or that the data set was not found;
+        an empty list if no image is in it.
+    """
+    source = ImageSource.from_settings(data)
+    try:
+        known = set(hash_files(source.read_table(), source.cache_folder))
+    except InputError:
+        return ["the data set of the run was not found: whether it contains some of these images was not checked"]
+    seen = table.loc[table["sha256"].isin(known), "path"].tolist()
+    note = f"{len(seen)} of these images are in the data set of the run, byte for byte: {listed(seen)}"
+    return [note] if seen else []
+
+
+def _dataset(views: Any, part: pd.DataFrame, task: Task, stage: int = 0) -> RadiographDataset:
+    rows = part.index.to_numpy(dtype=np.int64)
+    labels = pd.Index(task.classes).get_indexer(pd.Index(part["label"])).astype(np.int64)
+    return RadiographDataset(views, rows, labels, stage)

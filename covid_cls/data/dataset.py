@@ -1,4 +1,4 @@
-"""Whole batches straight from the store, in an order that only seed and epoch decide."""
+"""Complete batches straight from the store, in an order that depends on seed and epoch only."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,16 +13,19 @@ from torch.utils.data import Dataset, Sampler
 
 from covid_cls.data.store import mapped_file, read_rows
 from covid_cls.errors import InputError, listed
-from covid_cls.records import Batch
+from covid_cls.io import Batch
 
 SAMPLERS = ("shuffle", "balanced")
 
 
 @dataclass(frozen=True)
 class Features:
-    """What the leading `stage` stages of a network made of a store's images; arrays as `RadiographDataset` takes them.
+    """Outputs of the first `stage` stages of a network for the images of a store, as `RadiographDataset` takes them.
 
-    train: one array per fixed view of the training images; centre: of the view that evaluation uses.
+    Attributes:
+        stage: Number of stages.
+        train: One array per fixed augmented view of the training images.
+        centre: The view that evaluation uses.
     """
 
     stage: int
@@ -30,44 +33,48 @@ class Features:
     centre: NDArray[Any] | Tensor
 
 
+@dataclass(eq=False)
 class RadiographDataset(Dataset[Batch]):
-    """Images of a store, or activations that the network made of them, with their class indices, a batch at a time.
+    """Images of a store, or features of them, with their class indices, one complete batch at a time.
 
-    views: arrays over the rows of a store. One of uint8 (M, S, S) images; or, with `stage` > 0, one or more of the
-    outputs of that stage, channels last: numpy has no bfloat16, so that uint16 stands for its bits. Tensors instead of
-    arrays if they lie on a GPU. rows: which of them, int64 (N,); labels: class index of each, int64 (N,).
+    Positions 0 to N - 1 are the first view of each row, N to 2 N - 1 the second view, and so on.
 
-    Positions 0 to N - 1 are the first view of each row, N to 2 N - 1 the second, and so on.
+    Attributes:
+        views: Arrays over all M rows of a store, or tensors on a GPU. With stage 0 one array of images, uint8
+            (M, S, S). Otherwise one or more views of the outputs of that stage, with channels last; uint16 contains
+            the bits of bfloat16, which numpy does not have.
+        rows: Rows of the store in this data set, shape (N,).
+        labels: Their class indices, shape (N,).
+        stage: Number of network stages that the views have passed.
     """
 
-    def __init__(
-        self,
-        views: Sequence[NDArray[Any] | Tensor],
-        rows: NDArray[np.int64],
-        labels: NDArray[np.int64],
-        stage: int = 0,
-    ) -> None:
-        self.views, self.rows, self.labels, self.stage = views, rows, labels, stage
+    views: Sequence[NDArray[Any] | Tensor]
+    rows: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    stage: int = 0
 
     def __len__(self) -> int:
         return len(self.views) * len(self.rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For worker processes: a memory map goes as its path, or pickle would carry all of its content."""
+        # Worker processes get the path of a memory map. Pickle would copy its complete content.
         return self.__dict__ | {"views": [mapped_file(v) or v if isinstance(v, np.ndarray) else v for v in self.views]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Map again what was mapped."""
         views = [np.load(v, mmap_mode="r") if isinstance(v, Path) else v for v in state["views"]]
         self.__dict__.update(state, views=views)
 
     def __getitem__(self, positions: Sequence[int]) -> Batch:
-        """The `Batch` of these positions: x uint8 (n, 1, S, S) or features (n, ...), index = rows of the store."""
+        """Return the batch of these positions.
+
+        Its x is uint8 (n, 1, S, S) for images or (n, ...) for features; its index contains the rows of the store.
+        """
         view, place = np.divmod(np.asarray(positions, dtype=np.int64), len(self.rows))
         rows = self.rows[place]
         if len(self.views) == 1:
             x = _take(self.views[0], rows)
         else:
+            # Rows are read view by view, and then put into the order of the positions.
             parts = [(np.flatnonzero(view == k), array) for k, array in enumerate(self.views)]
             back = torch.from_numpy(np.argsort(np.concatenate([where for where, _ in parts])))
             x = torch.cat([_take(array, rows[where]) for where, array in parts])[back]
@@ -85,14 +92,15 @@ def _take(array: NDArray[Any] | Tensor, rows: NDArray[np.int64]) -> Tensor:
 
 
 def on_device(array: NDArray[Any], device: torch.device) -> NDArray[Any] | Tensor:
-    """`array` as a tensor on `device` if that is a GPU and at most half of its free memory is filled; else as it is."""
+    """Copy an array to a GPU if it fits into half of the free memory; return it unchanged for any other device."""
     if device.type != "cuda" or array.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
         return array
     return as_tensor(np.array(array)).to(device)
 
 
 def as_array(features: Tensor) -> NDArray[Any]:
-    """Features (n, C, H, W) or (n, C) as `RadiographDataset` takes them: channels last, uint16 for bfloat16."""
+    """Convert features (n, C, H, W) or (n, C) for `RadiographDataset`: channels last, bfloat16 as uint16."""
+    # Channels last on disk, so that a batch read from there has the memory format that convolutions are fastest with.
     if features.ndim == 4:
         features = features.permute(0, 2, 3, 1)
     features = features.cpu().contiguous()
@@ -100,42 +108,50 @@ def as_array(features: Tensor) -> NDArray[Any]:
 
 
 def as_tensor(array: NDArray[Any]) -> Tensor:
-    """The tensor that shares `array`'s memory; uint16 stands for bfloat16."""
+    """Return a tensor that shares the memory of an array; uint16 becomes bfloat16."""
     tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
 
 
+@dataclass(eq=False)
 class EpochBatches(Sampler[list[int]]):
-    """Training batches as lists of positions, drawn afresh each epoch from (seed, epoch) alone.
+    """Training batches as lists of positions in a `RadiographDataset`; the order depends on (seed, epoch) only.
 
-    sampler="shuffle": every position once. "balanced": with replacement, each class equally often on average. With
-    several `views` of each image, an epoch shows one of them, each in its turn; positions as in `RadiographDataset`.
-    A last batch of one image joins the batch before it: batch norm cannot train on one. Of `world` processes each
-    takes its part of every batch, see `share`, so that the batches are those of one process.
+    Raises InputError if the sampler is unknown or the batches are too small for the processes.
+
+    Attributes:
+        labels: Class index of each training image.
+        batch_size: Images per batch, over all processes.
+        seed: Random seed of the order.
+        sampler: "shuffle" shows every image once per epoch; "balanced" draws with replacement, so that each class has
+            the same expected frequency.
+        rank: Number of this process.
+        world: Number of processes. Each takes its `share` of every batch.
+        views: Number of views of each image. An epoch shows one of them, the next epoch another.
+        epoch: Number of the epoch.
     """
 
-    def __init__(
-        self,
-        labels: NDArray[np.int64],
-        batch_size: int,
-        seed: int,
-        sampler: str = "shuffle",
-        rank: int = 0,
-        world: int = 1,
-        views: int = 1,
-    ) -> None:
-        if sampler not in SAMPLERS:
-            raise InputError(f"data.sampler={sampler}: unknown; one of {listed(SAMPLERS)}")
-        check_shares(batch_size, world)
-        self.labels, self.batch_size, self.seed, self.sampler = labels, batch_size, seed, sampler
-        self.rank, self.world, self.views, self.epoch = rank, world, views, 0
+    labels: NDArray[np.int64]
+    batch_size: int
+    seed: int
+    sampler: str = "shuffle"
+    rank: int = 0
+    world: int = 1
+    views: int = 1
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise InputError(f"data.sampler={self.sampler}: unknown; choose one of {listed(SAMPLERS)}")
+        check_shares(self.batch_size, self.world)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the order of epoch number `epoch` next; Lightning calls this before each epoch."""
+        """Set the epoch of the next iteration; Lightning calls this before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.labels), self.batch_size)
+        # A last batch of one image joins the batch before it, because batch norm cannot train on a single image.
         return max(1, full + (rest > 1))
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -145,6 +161,7 @@ class EpochBatches(Sampler[list[int]]):
             order = random.choice(len(self.labels), len(self.labels), p=weights / weights.sum())
         else:
             order = random.permutation(len(self.labels))
+        # Images alternate their views in step with the epoch, each from its own start, so that an epoch mixes views.
         positions = (order + len(order) * ((order + self.epoch) % self.views)).tolist()
         for number in range(len(self)):
             last = number == len(self) - 1
@@ -152,11 +169,14 @@ class EpochBatches(Sampler[list[int]]):
             yield share(batch, self.rank, self.world)
 
 
+@dataclass(eq=False)
 class OrderedBatches(Sampler[list[int]]):
-    """Evaluation batches: every position exactly once over all processes, in order, never padded."""
+    """Evaluation batches: every position exactly once over all processes, in order and without padding."""
 
-    def __init__(self, size: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
-        self.size, self.batch_size, self.rank, self.world = size, batch_size, rank, world
+    size: int
+    batch_size: int
+    rank: int = 0
+    world: int = 1
 
     def __len__(self) -> int:
         return -(-self.size // self.batch_size)
@@ -168,17 +188,23 @@ class OrderedBatches(Sampler[list[int]]):
 
 
 def share(batch: list[int], rank: int, world: int) -> list[int]:
-    """What process `rank` of `world` takes of a batch: every position goes to one of them.
+    """Return the positions of a batch that process `rank` of `world` takes.
 
-    Shares differ by at most one image and hold at least two, for batch norm: of a batch smaller than 2 x `world` some
-    processes take none. Theirs is an empty batch, for each must take as many steps or the others wait for ever.
+    Every position goes to one process. Shares differ by at most one image and contain at least two images, for batch
+    norm, or none.
     """
+    # Some processes get an empty share of a small batch. They still need it: all processes must make the same number
+    # of steps, or the others wait for ever.
     sharers = min(world, max(1, len(batch) // 2))
     return batch[rank::sharers] if rank < sharers else []
 
 
 def check_shares(batch_size: int, world: int) -> None:
-    """InputError where whole batches leave some of `world` processes fewer than the two images of a `share`."""
+    """Check that a full batch gives each of `world` processes at least two images.
+
+    Raises:
+        InputError: It does not.
+    """
     if batch_size < 2 * world:
         raise InputError(
             f"data.batch_size={batch_size}: {world} processes share each batch, and batch norm needs at least 2 images "

@@ -1,6 +1,7 @@
-"""Who trains, who selects and who tests: splits by patient, stratified by class, independent of file order."""
+"""Splits into training, validation and test images: by patient, stratified by class, independent of file order."""
 
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -11,49 +12,76 @@ from covid_cls.data.manifest import SPLITS
 from covid_cls.errors import InputError, listed
 
 
-def assign_splits(
-    table: pd.DataFrame,
-    *,
-    seed: int = 0,
-    group: str = "patient",
-    val_share: float = 0.15,
-    test_share: float = 0.15,
-    folds: int | None = None,
-    fold: int = 0,
-) -> pd.DataFrame:
-    """`table` with `split` in train, val, test and `fold` filled in ("" without folds).
+@dataclass(frozen=True)
+class SplitSettings:
+    """How images are split.
 
-    Splits that the table brings are kept; what it lacks is cut from train. With `folds`, fold number `fold` is the
-    test split (the table's own `fold` column where it has one) and validation is cut from the others. group="patient"
-    keeps a patient's images together; "image" is the leaky split that others publish. The shares are of all images.
-    InputError where a patient stands in two splits, or a setting is out of range.
+    Attributes:
+        seed: Random seed of the splits.
+        group: "patient" keeps all images of a patient in one split. "image" is the leaky split that others publish.
+        val_share: Share of all images for validation.
+        test_share: Share of all images for the test.
+        folds: Number of folds of a cross-validation; None makes one split.
+        fold: Number of the fold that is the test split, from 0.
     """
+
+    seed: int = 0
+    group: str = "patient"
+    val_share: float = 0.15
+    test_share: float = 0.15
+    folds: int | None = None
+    fold: int = 0
+
+
+def assign_splits(table: pd.DataFrame, settings: SplitSettings) -> pd.DataFrame:
+    """Fill in the columns split (train, val, test) and fold ("" without folds).
+
+    Without folds, splits in the table are kept; if val or test is missing, it is taken from train. With folds, numbers
+    in the column fold are kept, and validation images are taken from the folds that are not tested.
+
+    Args:
+        table: As `read_manifest` returns it.
+        settings: How to split it.
+
+    Raises:
+        InputError: A patient is in two splits, or a setting is out of range.
+    """
+    group, seed = settings.group, settings.seed
     if group not in ("patient", "image"):
         raise InputError(f"data.group={group}: must be patient or image")
-    for key, share in (("val_share", val_share), ("test_share", test_share)):
+    shares = {"test": settings.test_share, "val": settings.val_share}
+    for split, share in shares.items():
         if not 0 < share < 0.5:
-            raise InputError(f"data.{key}={share}: must lie between 0 and 0.5")
+            raise InputError(f"data.{split}_share={share}: must be between 0 and 0.5")
+    # Sorted, so that the splits do not depend on the order of the files.
     table = table.sort_values("path", kind="stable", ignore_index=True)
     units = table["patient_id"] if group == "patient" else table["path"]
-    if folds is not None:
-        table["fold"] = _folds(table, units, folds, fold, seed)
-        table["split"] = np.where(table["fold"] == str(fold), "test", "train")
+    if settings.folds is not None:
+        table["fold"] = _folds(table, units, settings.folds, settings.fold, seed)
+        table["split"] = np.where(table["fold"] == str(settings.fold), "test", "train")
     else:
         table["fold"] = ""
-        _check_given(table)
+        if not _is_given(table, "split"):
+            table["split"] = "train"
+        elif not (table["split"] == "train").any():
+            raise InputError("data: no image has the split train. Assign some to it, or leave the column split empty")
     if group == "patient":
-        _check_patients(table, "split" if folds is None else "fold")
-    for split, share in (("test", test_share), ("val", val_share)):
+        _check_patients(table, "split" if settings.folds is None else "fold")
+    for split, share in shares.items():
         if not (table["split"] == split).any():
-            inside = (table["split"] == "train").to_numpy()
-            part = table[inside]
-            chosen = _cut(part, units[inside], share * len(table) / len(part), seed)
-            table.loc[part.index[chosen], "split"] = split
+            train = table[table["split"] == "train"]
+            # `share` is of all images, and only those in train can be chosen.
+            chosen = _choose(train, units[train.index], share * len(table) / len(train), seed)
+            table.loc[train.index[chosen], "split"] = split
     return table
 
 
 def check_classes(table: pd.DataFrame, classes: tuple[str, ...]) -> None:
-    """InputError where a split lacks one of `classes`; the message counts every class in every split."""
+    """Check that every split has images of every class.
+
+    Raises:
+        InputError: A class is missing from a split; the message counts every class in every split.
+    """
     counts = pd.crosstab(table["label"], table["split"]).reindex(index=classes, columns=SPLITS, fill_value=0)
     empty = [f"{split} has no {label}" for split in SPLITS for label in classes if counts.loc[label, split] == 0]
     if empty:
@@ -64,15 +92,15 @@ def check_classes(table: pd.DataFrame, classes: tuple[str, ...]) -> None:
         )
 
 
-def _check_given(table: pd.DataFrame) -> None:
-    given = table["split"] != ""
-    if given.any() and not given.all():
-        lines = table.loc[~given, "line"].tolist()
-        raise InputError(f"data: {len(lines)} rows have no split while others do: lines {listed(lines)}; fill them in")
-    if not given.any():
-        table["split"] = "train"
-    elif not (table["split"] == "train").any():
-        raise InputError("data: no image belongs to the split train; nothing could be learned")
+def _is_given(table: pd.DataFrame, column: str) -> bool:
+    """Return whether a column is filled in. Raises InputError if it is in some rows only."""
+    empty = table[column] == ""
+    if empty.any() and not empty.all():
+        lines = table.loc[empty, "line"].tolist()
+        raise InputError(
+            f"data: {len(lines)} rows have no {column} while others do: lines {listed(lines)}. Fill them in"
+        )
+    return not empty.any()
 
 
 def _check_patients(table: pd.DataFrame, column: str) -> None:
@@ -80,22 +108,18 @@ def _check_patients(table: pd.DataFrame, column: str) -> None:
     crossing = [f"{patient} ({where})" for patient, where in splits.items() if "+" in where]
     if crossing:
         raise InputError(
-            f"data: {len(crossing)} patients stand in more than one split or fold: {listed(crossing, 5)}. Give each "
-            "patient one, or set data.group=image to train on the leak, which every output will then say"
+            f"data: {len(crossing)} patients are in more than one split or fold: {listed(crossing, 5)}. Give each "
+            "patient one, or set data.group=image to train with this leak; every result will then report it"
         )
 
 
 def _folds(table: pd.DataFrame, units: "pd.Series[str]", folds: int, fold: int, seed: int) -> NDArray[np.str_]:
     if folds < 2 or not 0 <= fold < folds:
         raise InputError(f"data.folds={folds} data.fold={fold}: need at least 2 folds and 0 <= fold < folds")
-    blank = table["fold"] == ""
-    if blank.any() and not blank.all():
-        lines = table.loc[blank, "line"].tolist()
-        raise InputError(f"data: {len(lines)} rows have no fold while others do: lines {listed(lines)}; fill them in")
-    if not blank.any():
+    if _is_given(table, "fold"):
         given = sorted(set(table["fold"]))
         if given != sorted(str(k) for k in range(folds)):
-            raise InputError(f"data.folds={folds}: the fold column holds {listed(given)}, not 0 to {folds - 1}")
+            raise InputError(f"data.folds={folds}: the column fold contains {listed(given)}, not 0 to {folds - 1}")
         return table["fold"].to_numpy(dtype=np.str_)
     numbers = np.empty(len(table), dtype=object)
     for k, test in enumerate(_group_folds(table, units, folds, seed)):
@@ -103,27 +127,28 @@ def _folds(table: pd.DataFrame, units: "pd.Series[str]", folds: int, fold: int, 
     return numbers.astype(np.str_)
 
 
-def _cut(part: pd.DataFrame, units: "pd.Series[str]", share: float, seed: int) -> NDArray[np.int64]:
-    """Positions in `part` of about `share` of it: of all folds of that size, the one nearest in class proportions."""
-    wanted = part["label"].value_counts() * share
+def _choose(part: pd.DataFrame, units: "pd.Series[str]", share: float, seed: int) -> NDArray[np.int64]:
+    """Return positions of about `share` of the rows: of all folds of that size the one with the best class counts."""
+    # StratifiedGroupKFold keeps patients together, but only makes folds of equal size, so a share is taken as one fold.
+    labels = part["label"]
+    wanted = labels.value_counts() * share
 
     def distance(rows: NDArray[np.int64]) -> float:
-        found = part["label"].iloc[rows].value_counts().reindex(wanted.index, fill_value=0)
-        return float(((found - wanted).abs() / wanted).max())
+        return float(labels.iloc[rows].value_counts().sub(wanted, fill_value=0).abs().div(wanted).max())
 
     return min(_group_folds(part, units, max(2, round(1 / share)), seed), key=distance)
 
 
 def _group_folds(table: pd.DataFrame, units: "pd.Series[str]", folds: int, seed: int) -> list[NDArray[np.int64]]:
     if units.nunique() < folds:
-        raise InputError(f"data: {units.nunique()} patients cannot be cut into {folds} parts; add patients")
+        raise InputError(f"data: {units.nunique()} patients cannot be divided into {folds} parts. Add patients")
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
-        # A class with fewer patients than parts leaves some part without it: `check_classes` judges what matters.
+        # A class with fewer patients than parts is missing from some part; `check_classes` reports it if it matters.
         warnings.filterwarnings("ignore", category=UserWarning)
         try:
             return [test for _, test in splitter.split(table, table["label"], units)]
         except ValueError as error:
             raise InputError(
-                f"data: {len(table)} images cannot be cut into {folds} parts by class ({error})"
+                f"data: {len(table)} images cannot be divided into {folds} parts by class ({error}). Add images"
             ) from error

@@ -1,4 +1,4 @@
-"""Which images make up a batch: each once, in an order that seed and epoch alone decide."""
+"""Batches of training and evaluation, and the data set that they index."""
 
 import pickle
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 
 from covid_cls.data.dataset import EpochBatches, OrderedBatches, RadiographDataset, as_array, share
 from covid_cls.errors import InputError
-from covid_cls.records import Batch
+from covid_cls.io import Batch
 
 
 def labels(size: int, classes: int = 3) -> np.ndarray:
@@ -29,63 +29,66 @@ def flat(batches: list[list[int]]) -> list[int]:
 
 
 @pytest.mark.parametrize("sampler", ["shuffle", "balanced"])
-def test_seed_and_epoch_alone_decide(sampler: str) -> None:
+def test_the_order_depends_on_seed_and_epoch_only(sampler: str) -> None:
     first, second = (EpochBatches(labels(50), 8, seed=7, sampler=sampler) for _ in range(2))
-    np.random.seed(1)  # noqa: NPY002 - the global state must not matter
+    # The global state must not matter.
+    np.random.seed(1)  # noqa: NPY002
     torch.manual_seed(1)
     wanted = [epoch(first, number) for number in range(3)]
     np.random.seed(2)  # noqa: NPY002
     torch.manual_seed(2)
-    assert [epoch(second, number) for number in (2, 0, 1)] == [wanted[2], wanted[0], wanted[1]]  # no history either
+    # Neither must earlier epochs.
+    assert [epoch(second, number) for number in (2, 0, 1)] == [wanted[2], wanted[0], wanted[1]]
     assert list(second) == list(second)
     assert wanted[0] != wanted[1] != wanted[2] != wanted[0]
     assert epoch(EpochBatches(labels(50), 8, seed=8, sampler=sampler), 0) != wanted[0]
 
 
-def test_an_epoch_and_a_seed_are_not_interchangeable() -> None:
+def test_epoch_and_seed_are_not_interchangeable() -> None:
     assert epoch(EpochBatches(labels(50), 8, seed=1), 2) != epoch(EpochBatches(labels(50), 8, seed=2), 1)
 
 
-def test_drawing_an_epoch_leaves_the_global_generators_alone() -> None:
+def test_batches_do_not_use_the_global_generator() -> None:
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
     list(EpochBatches(labels(50), 8, seed=0, sampler="balanced"))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-# One image, one batch that is not full, that is full, or that is full and takes one more; then two batches likewise.
+# One image; one batch that is not full, that is full, or that is full and takes one more image; two batches likewise.
 @pytest.mark.parametrize(
     ("size", "batch_size"), [(1, 8), (2, 8), (7, 8), (8, 8), (9, 8), (3, 2), (16, 8), (17, 8), (31, 8), (65, 3)]
 )
-def test_an_epoch_shows_each_image_once(size: int, batch_size: int) -> None:
+def test_an_epoch_contains_each_image_once(size: int, batch_size: int) -> None:
     batches = EpochBatches(labels(size), batch_size, seed=0)
     for number in range(3):
         drawn = epoch(batches, number)
         assert sorted(flat(drawn)) == list(range(size))
         assert len(batches) == len(drawn)
         assert all(len(batch) == batch_size for batch in drawn[:-1])
-        # one image alone cannot go through batch norm: it joins the batch before it
+        # Batch norm cannot train on a single image, so it joins the batch before it.
         assert len(drawn[-1]) == size if len(drawn) == 1 else 2 <= len(drawn[-1]) <= batch_size + 1
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2]), (5, [5]), (4, [4]), (1, [1])])
-def test_the_sizes_of_the_batches(size: int, sizes: list[int]) -> None:
+def test_sizes_of_batches(size: int, sizes: list[int]) -> None:
     assert [len(batch) for batch in EpochBatches(labels(size), 4, seed=0)] == sizes
 
 
-def test_a_balanced_sampler_evens_the_classes() -> None:
+def test_the_balanced_sampler_draws_classes_equally_often() -> None:
     unequal = np.repeat([0, 1, 2], [20, 300, 680]).astype(np.int64)
     batches = EpochBatches(unequal, 50, seed=0, sampler="balanced")
     drawn = np.concatenate([flat(epoch(batches, number)) for number in range(20)])
     assert len(drawn) == 20 * 1000
     shares = np.bincount(unequal[drawn]) / len(drawn)
-    assert shares == pytest.approx(np.full(3, 1 / 3), abs=0.0134)  # 4 standard deviations of a third of 20,000
+    # 4 standard deviations of a third of 20,000.
+    assert shares == pytest.approx(np.full(3, 1 / 3), abs=0.0134)
     assert set(range(20)) <= set(drawn.tolist())
-    # within a class every image is as likely: 333 draws each of the 20, within 5 standard deviations
+    # The images of a class are equally likely: each of 20 is drawn 333 times, within 5 standard deviations.
     assert np.bincount(drawn)[:20] == pytest.approx(np.full(20, 1000 / 3), abs=5 * 18.3)
 
 
-def test_shuffle_keeps_the_classes_as_they_are() -> None:
+def test_shuffle_keeps_class_frequencies() -> None:
     unequal = np.repeat([0, 1], [10, 90]).astype(np.int64)
     assert np.bincount(unequal[flat(list(EpochBatches(unequal, 8, seed=0)))]).tolist() == [10, 90]
 
@@ -93,40 +96,41 @@ def test_shuffle_keeps_the_classes_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("sampler", "views", "world"), [("shuffle", 1, 2), ("shuffle", 3, 3), ("balanced", 2, 5), ("balanced", 1, 2)]
 )
-def test_processes_share_the_batches_of_one(sampler: str, views: int, world: int) -> None:
+def test_processes_share_the_batches_of_a_single_process(sampler: str, views: int, world: int) -> None:
     for size in (1, 2, 3, 9, 10, 11, 12, 13, 14, 50, 61):
         for batch_size in (2 * world, 2 * world + 1, 17):
             alone = EpochBatches(labels(size), batch_size, 0, sampler, views=views)
             ranks = [EpochBatches(labels(size), batch_size, 0, sampler, rank, world, views) for rank in range(world)]
             for number in range(2):
-                whole, shares = epoch(alone, number), [epoch(rank, number) for rank in ranks]
-                # as many steps, or processes wait for each other for ever
-                assert {len(whole), *map(len, ranks), *map(len, shares)} == {len(alone)}
-                for batch, *parts in zip(whole, *shares, strict=True):
+                complete, shares = epoch(alone, number), [epoch(rank, number) for rank in ranks]
+                # Processes with different numbers of steps would wait for each other for ever.
+                assert {len(complete), *map(len, ranks), *map(len, shares)} == {len(alone)}
+                for batch, *parts in zip(complete, *shares, strict=True):
                     assert sorted(flat(parts)) == sorted(batch)
                     sizes = [len(part) for part in parts if part]
                     assert max(sizes) - min(sizes) <= 1
-                    assert min(sizes) >= 2 or size == 1  # batch norm cannot train on one image
-                    assert len(sizes) == min(world, max(1, len(batch) // 2))  # no more idle ones than must be
+                    assert min(sizes) >= 2 or size == 1
+                    # No more processes than necessary are without images.
+                    assert len(sizes) == min(world, max(1, len(batch) // 2))
 
 
-def test_a_batch_too_small_for_all_processes_leaves_some_without_images() -> None:
+def test_a_small_batch_leaves_some_processes_without_images() -> None:
     assert [share([7, 5, 3], rank, 2) for rank in range(2)] == [[7, 5, 3], []]
     assert [share([7, 5, 3, 8], rank, 2) for rank in range(2)] == [[7, 3], [5, 8]]
     assert [share(list(range(5)), rank, 3) for rank in range(3)] == [[0, 2, 4], [1, 3], []]
 
 
 @pytest.mark.parametrize(("batch_size", "world"), [(3, 2), (9, 5), (1, 1)])
-def test_batches_that_processes_cannot_share(batch_size: int, world: int) -> None:
-    says = rf"data\.batch_size={batch_size}: {world} processes share .* set it to {2 * world} or more, or use fewer"
-    with pytest.raises(InputError, match=says):
+def test_batches_too_small_for_the_processes_are_rejected(batch_size: int, world: int) -> None:
+    message = rf"data\.batch_size={batch_size}: {world} processes share .* set it to {2 * world} or more, or use fewer"
+    with pytest.raises(InputError, match=message):
         EpochBatches(labels(60), batch_size, 0, world=world)
     assert len(EpochBatches(labels(60), 2 * world, 0, world=world)) == -(-60 // (2 * world))
 
 
 @pytest.mark.parametrize("sampler", ["", "random", "Shuffle"])
-def test_an_unknown_sampler(sampler: str) -> None:
-    with pytest.raises(InputError, match=rf"data\.sampler={sampler}: unknown; one of shuffle, balanced"):
+def test_an_unknown_sampler_is_rejected(sampler: str) -> None:
+    with pytest.raises(InputError, match=rf"data\.sampler={sampler}: unknown; choose one of shuffle, balanced"):
         EpochBatches(labels(4), 2, 0, sampler)
 
 
@@ -137,8 +141,8 @@ def test_an_unknown_sampler(sampler: str) -> None:
     ("size", "batch_size", "world"),
     [(0, 7, 2), (1, 7, 4), (5, 1, 4), (5, 2, 3), (7, 7, 1), (101, 7, 1), (101, 7, 4), (101, 64, 2)],
 )
-def test_evaluation_shows_each_image_once_over_all_processes(size: int, batch_size: int, world: int) -> None:
-    # DistributedSampler would pad 5 to 8 over 4 processes and 101 to 104
+def test_evaluation_contains_each_image_once_over_all_processes(size: int, batch_size: int, world: int) -> None:
+    # DistributedSampler would pad 5 to 8 images over 4 processes, and 101 to 104.
     ranks = [OrderedBatches(size, batch_size, rank, world) for rank in range(world)]
     drawn = [list(rank) for rank in ranks]
     assert sorted(position for rank in drawn for position in flat(rank)) == list(range(size))
@@ -152,9 +156,10 @@ def test_evaluation_shows_each_image_once_over_all_processes(size: int, batch_si
 # the data set
 
 
-def test_a_batch() -> None:
+def test_contents_of_a_batch() -> None:
     images = np.arange(10 * 4 * 4, dtype=np.uint8).reshape(10, 4, 4)
-    images.setflags(write=False)  # as a store opened for reading
+    # A store is opened read-only.
+    images.setflags(write=False)
     rows = np.array([2, 3, 5, 9], np.int64)
     dataset = RadiographDataset([images], rows, np.array([0, 1, 2, 1], np.int64))
     assert len(dataset) == 4
@@ -187,17 +192,18 @@ def test_a_batch_is_a_copy() -> None:
     assert dataset.labels.tolist() == [0, 0, 0]
 
 
-def test_several_views_of_an_image_keep_their_places() -> None:
+def test_positions_of_several_views() -> None:
     rows, labels_ = np.array([2, 0], np.int64), np.array([1, 0], np.int64)
     views = [np.arange(3 * 4, dtype=np.float32).reshape(3, 4) + 100 * k for k in range(3)]
     dataset = RadiographDataset(views, rows, labels_, stage=6)
     assert len(dataset) == 6
-    batch = dataset[[5, 0, 3, 2]]  # third view of row 0, first of row 2, second of row 0, second of row 2
+    # Third view of row 0, first of row 2, second of row 0, second of row 2.
+    batch = dataset[[5, 0, 3, 2]]
     assert batch.x[:, 0].tolist() == [200, 8, 100, 108]
     assert (batch.index.tolist(), batch.y.tolist(), batch.stage) == ([0, 2, 0, 2], [0, 1, 0, 1], 6)
 
 
-def test_features_are_channels_last_on_disk_and_bfloat16_is_kept_to_the_bit() -> None:
+def test_features_are_channels_last_and_bfloat16_is_kept_exactly() -> None:
     features = torch.randn(5, 6, 2, 3).to(torch.bfloat16)
     array = as_array(features)
     assert (array.dtype, array.shape) == (np.uint16, (5, 2, 3, 6))
@@ -207,16 +213,17 @@ def test_features_are_channels_last_on_disk_and_bfloat16_is_kept_to_the_bit() ->
 
 
 @pytest.mark.parametrize("views", [1, 2, 5])
-def test_each_view_has_its_turn(views: int) -> None:
+def test_epochs_alternate_the_views(views: int) -> None:
     batches = EpochBatches(labels(11), 4, seed=0, views=views)
     shown = [flat(epoch(batches, number)) for number in range(views)]
     assert all(sorted(position % 11 for position in drawn) == list(range(11)) for drawn in shown)
     assert sorted(position for drawn in shown for position in drawn) == list(range(11 * views))
     if views > 1:
-        assert len({position // 11 for position in shown[0]}) > 1  # an epoch mixes views
+        # An epoch shows different views of different images.
+        assert len({position // 11 for position in shown[0]}) > 1
 
 
-def test_a_mapped_store_reaches_workers_as_its_path(tmp_path: Path) -> None:
+def test_a_memory_map_is_pickled_as_its_path(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 255, (40, 64, 64), np.uint8)
     np.save(tmp_path / "images.npy", images)
     dataset = RadiographDataset([np.load(tmp_path / "images.npy", "r")], np.arange(40), np.zeros(40, np.int64))

@@ -1,3 +1,5 @@
+"""DICOM files: grey values follow the standard, unusable files are rejected, and headers give reasons and tags."""
+
 import io
 import random
 import struct
@@ -27,8 +29,10 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from covid_cls.data.dicom import check_tags
 from covid_cls.data.limits import BadImage
-from covid_cls.data.readers import read_image
+from covid_cls.data.readers import HEADER_REASONS, read_header, read_image
+from covid_cls.errors import InputError
 from tools.soak.radiographs import RAMP, RAMP8, SECRET, radiograph, spread
 
 
@@ -59,7 +63,7 @@ def table(entries: np.ndarray, bits: int, first: int = 0, kind: str = "US") -> S
 
 
 @pytest.mark.parametrize(("bits", "dtype"), [(8, np.uint8), (8, np.uint16), (10, np.uint16), (16, np.uint16)])
-def test_a_picture_without_window_spans_its_own_range(bits: int, dtype: type, tmp_path: Path) -> None:
+def test_an_image_without_window_is_scaled_by_its_range(bits: int, dtype: type, tmp_path: Path) -> None:
     pixels = (np.linspace(0.1, 0.9, RAMP.size).reshape(RAMP.shape) * (2**bits - 1)).astype(dtype)
     grey = read(radiograph(pixels, bits), tmp_path)
     assert grey.dtype == np.uint8
@@ -69,7 +73,7 @@ def test_a_picture_without_window_spans_its_own_range(bits: int, dtype: type, tm
 @pytest.mark.parametrize(
     "window", [{}, {"WindowCenter": 2047.5, "WindowWidth": 1000, "VOILUTFunction": "LINEAR_EXACT"}]
 )
-def test_monochrome_1_and_2_give_the_same_picture(window: dict[str, object], tmp_path: Path) -> None:
+def test_monochrome_1_and_2_give_the_same_image(window: dict[str, object], tmp_path: Path) -> None:
     two = read(radiograph(**window), tmp_path)
     one = read(radiograph(4095 - RAMP, PhotometricInterpretation="MONOCHROME1", **window), tmp_path)
     assert np.array_equal(one, two)
@@ -79,7 +83,8 @@ def test_monochrome_1_and_2_give_the_same_picture(window: dict[str, object], tmp
 
 def test_windows_follow_the_standard(tmp_path: Path) -> None:
     x = RAMP.astype(float)
-    window = {"WindowCenter": [2000, 10], "WindowWidth": [1000, 10]}  # the first counts
+    # Only the first window is used.
+    window = {"WindowCenter": [2000, 10], "WindowWidth": [1000, 10]}
     expected = {
         "LINEAR": np.clip((x - 1999.5) / 999 + 0.5, 0, 1),
         "LINEAR_EXACT": np.clip((x - 2000) / 1000 + 0.5, 0, 1),
@@ -91,7 +96,7 @@ def test_windows_follow_the_standard(tmp_path: Path) -> None:
     assert np.array_equal(read(radiograph(**window), tmp_path), np.rint(expected["LINEAR"] * 255))
 
 
-def test_an_empty_window_counts_as_none(tmp_path: Path) -> None:
+def test_an_empty_window_is_ignored(tmp_path: Path) -> None:
     assert np.array_equal(read(radiograph(WindowCenter=None, WindowWidth=None), tmp_path), spread(RAMP, 0, 4095))
 
 
@@ -110,7 +115,7 @@ def test_signed_pixels_are_rescaled_before_the_window(tmp_path: Path) -> None:
     assert np.array_equal(grey, spread(rescaled, 100 - 1000, 100 + 1000))
 
 
-def test_a_negative_slope_turns_the_picture_round(tmp_path: Path) -> None:
+def test_a_negative_slope_inverts_the_image(tmp_path: Path) -> None:
     tags = {"RescaleSlope": -1, "RescaleIntercept": 4095}
     window = {"WindowCenter": 2048, "WindowWidth": 4096}
     for voi in ({}, window):
@@ -119,13 +124,13 @@ def test_a_negative_slope_turns_the_picture_round(tmp_path: Path) -> None:
         assert grey[-1, -1] == 0
 
 
-def test_a_fractional_slope_keeps_the_whole_range(tmp_path: Path) -> None:
+def test_a_fractional_slope_keeps_the_full_range(tmp_path: Path) -> None:
     grey = read(radiograph(RescaleSlope="0.0001", RescaleIntercept=0), tmp_path)
     assert np.array_equal(grey, spread(RAMP, 0, 4095))
 
 
 @pytest.mark.parametrize("implicit", [False, True])
-def test_a_voi_table_is_scaled_by_its_bits_and_goes_before_a_window(implicit: bool, tmp_path: Path) -> None:
+def test_a_voi_table_is_scaled_by_its_bits_and_replaces_a_window(implicit: bool, tmp_path: Path) -> None:
     entries = np.linspace(0, 1, 1000) ** 2 * 1023
     image = radiograph(VOILUTSequence=table(entries, 10, first=500), WindowCenter=10, WindowWidth=20)
     if implicit:
@@ -149,7 +154,7 @@ def test_a_voi_table_follows_a_rescale_to_negative_values(tmp_path: Path) -> Non
     assert np.array_equal(grey, spread(RAMP, 0, 4095))
 
 
-def test_a_modality_table_goes_before_the_window(tmp_path: Path) -> None:
+def test_a_modality_table_is_applied_before_the_window(tmp_path: Path) -> None:
     entries = np.arange(4096)[::-1] * 10
     tags = {"WindowCenter": "20000.5", "WindowWidth": 9999, "VOILUTFunction": "LINEAR_EXACT"}
     grey = read(radiograph(ModalityLUTSequence=table(entries, 16), **tags), tmp_path)
@@ -157,7 +162,7 @@ def test_a_modality_table_goes_before_the_window(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-def test_padding_is_black_and_outside_the_range(photometric: str, tmp_path: Path) -> None:
+def test_padding_is_black_and_does_not_count_for_the_range(photometric: str, tmp_path: Path) -> None:
     pixels = RAMP // 2 + 1000
     pixels[:, :8] = 5
     pixels[:, 8:10] = 7
@@ -169,7 +174,7 @@ def test_padding_is_black_and_outside_the_range(photometric: str, tmp_path: Path
     assert np.array_equal(grey[:, 10:], expected if photometric == "MONOCHROME2" else 255 - expected)
 
 
-def test_signed_padding_is_found(tmp_path: Path) -> None:
+def test_signed_padding_is_recognised(tmp_path: Path) -> None:
     pixels = RAMP.astype(np.int16)
     pixels[:5] = -2000
     image = radiograph(pixels, 16)
@@ -179,7 +184,7 @@ def test_signed_padding_is_found(tmp_path: Path) -> None:
     assert np.array_equal(grey[5:], spread(pixels[5:], pixels[5:].min(), 4095))
 
 
-def test_colour_becomes_luma(tmp_path: Path) -> None:
+def test_colour_is_converted_to_luma(tmp_path: Path) -> None:
     colours = np.stack([RAMP8, RAMP8[::-1], 255 - RAMP8], axis=-1)
     luma = colours @ np.array([0.299, 0.587, 0.114])
     assert np.abs(read(radiograph(colours, 8), tmp_path) - luma).max() < 0.51
@@ -187,14 +192,14 @@ def test_colour_becomes_luma(tmp_path: Path) -> None:
     assert np.abs(read(radiograph(deep, 16), tmp_path) - luma).max() < 0.51
 
 
-def test_ybr_becomes_luma(tmp_path: Path) -> None:
+def test_ybr_is_converted_to_luma(tmp_path: Path) -> None:
     ybr = np.dstack([RAMP8, np.full((*RAMP.shape, 2), 128, np.uint8)])
     assert (
         np.abs(read(radiograph(ybr, 8, PhotometricInterpretation="YBR_FULL"), tmp_path) - RAMP8.astype(int)).max() <= 1
     )
 
 
-def test_a_palette_becomes_luma(tmp_path: Path) -> None:
+def test_a_palette_is_converted_to_luma(tmp_path: Path) -> None:
     levels = np.arange(256) * 257
     image = radiograph(RAMP8, 8, PhotometricInterpretation="PALETTE COLOR")
     for colour in ("Red", "Green", "Blue"):
@@ -204,7 +209,7 @@ def test_a_palette_becomes_luma(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 12])
-def test_rle_needs_no_extra(bits: int, tmp_path: Path) -> None:
+def test_rle_needs_no_optional_decoder(bits: int, tmp_path: Path) -> None:
     pixels = RAMP8 if bits == 8 else RAMP
     image = radiograph(pixels, bits)
     image.compress(RLELossless, encoding_plugin="pydicom")
@@ -216,7 +221,7 @@ def test_rle_needs_no_extra(bits: int, tmp_path: Path) -> None:
     [(JPEG2000Lossless, "openjpeg", 0), (JPEGLSLossless, "jpeg_ls", 0), (JPEG2000, "openjpeg", 2)],
 )
 @pytest.mark.parametrize("signed", [False, True])
-def test_compressed_pixels_read_as_the_plain_ones(
+def test_compressed_pixels_equal_uncompressed_ones(
     syntax: UID, needs: str, tolerance: int, signed: bool, tmp_path: Path
 ) -> None:
     pytest.importorskip(needs)
@@ -235,7 +240,7 @@ def compressed(syntax: UID, frame: bytes, pixels: np.ndarray = RAMP, bits: int =
 
 
 def lossless_jpeg(pixels: np.ndarray, bits: int) -> bytes:
-    """`pixels` as lossless JPEG, process 14: each is coded as its difference from the left, or the upper, neighbour."""
+    """Encode `pixels` as lossless JPEG, process 14: each as its difference from the left or upper neighbour."""
     values = pixels.astype(int)
     left = np.empty_like(values)
     left[:, 1:] = values[:, :-1]
@@ -243,7 +248,8 @@ def lossless_jpeg(pixels: np.ndarray, bits: int) -> bytes:
     left[0, 0] = 1 << (bits - 1)
     stream = []
     for difference in ((values - left + 32767) % 65536 - 32767).ravel().tolist():
-        size = abs(difference).bit_length()  # also its Huffman code, in 5 bits
+        # The size is also the Huffman code, in 5 bits.
+        size = abs(difference).bit_length()
         extra = difference if difference > 0 else difference + (1 << size) - 1
         stream.append(f"{size:05b}" + (f"{extra:0{size}b}" if 0 < size < 16 else ""))
     code = "".join(stream)
@@ -263,14 +269,14 @@ def lossless_jpeg(pixels: np.ndarray, bits: int) -> bytes:
 
 
 @pytest.mark.parametrize("bits", [12, 16])
-def test_lossless_jpeg_reads_as_the_plain_pixels(bits: int, tmp_path: Path) -> None:
+def test_lossless_jpeg_equals_uncompressed_pixels(bits: int, tmp_path: Path) -> None:
     pytest.importorskip("libjpeg")
     pixels = RAMP << (bits - 12)
     image = compressed(JPEGLosslessSV1, lossless_jpeg(pixels, bits), pixels, bits)
     assert np.array_equal(read(image, tmp_path), spread(pixels, 0, pixels.max()))
 
 
-def test_baseline_jpeg_needs_no_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_baseline_jpeg_needs_no_optional_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = get_decoder(JPEGBaseline8Bit)
     monkeypatch.setattr(decoder, "_available", {"pillow": decoder._available["pillow"]})
     buffer = io.BytesIO()
@@ -279,14 +285,14 @@ def test_baseline_jpeg_needs_no_extra(tmp_path: Path, monkeypatch: pytest.Monkey
     assert np.abs(grey - spread(RAMP8, 0, 255)).max() <= 4
 
 
-def test_a_missing_decoder_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_decoder_is_reported_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(get_decoder(JPEGLosslessSV1), "_available", {})
     message = reason(saved(compressed(JPEGLosslessSV1, b"\xff\xd8"), tmp_path))
     assert "JPEG Lossless, Non-Hierarchical, First-Order Prediction" in message
     assert 'pip install "covid_cls[dicom]"' in message
 
 
-def test_a_decoder_that_fails_names_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_message_of_a_failing_decoder_names_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = get_decoder(JPEGExtended12Bit)
     monkeypatch.setattr(decoder, "_available", {"pillow": decoder._available["pillow"]})
     message = reason(saved(compressed(JPEGExtended12Bit, b"\xff\xd8\xff\xd9"), tmp_path))
@@ -295,7 +301,7 @@ def test_a_decoder_that_fails_names_the_other(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian])
 @pytest.mark.parametrize("suffix", [".dcm", ".DICOM", ".png"])
-def test_a_file_without_preamble_is_known_by_its_suffix(syntax: UID, suffix: str, tmp_path: Path) -> None:
+def test_a_file_without_preamble_is_recognised_by_its_suffix(syntax: UID, suffix: str, tmp_path: Path) -> None:
     image = radiograph()
     del image.file_meta
     path = tmp_path / f"image{suffix}"
@@ -306,7 +312,7 @@ def test_a_file_without_preamble_is_known_by_its_suffix(syntax: UID, suffix: str
         assert np.array_equal(read_image(path), spread(RAMP, 0, 4095))
 
 
-def test_a_picture_named_dcm_is_read_as_what_it_is(tmp_path: Path) -> None:
+def test_a_png_file_named_dcm_is_read_as_png(tmp_path: Path) -> None:
     path = tmp_path / "image.dcm"
     Image.fromarray(RAMP8).save(path, "PNG")
     assert np.array_equal(read_image(path), RAMP8)
@@ -317,7 +323,7 @@ def without(image: Dataset, tag: str) -> Dataset:
     return image
 
 
-REFUSED: dict[str, tuple[Callable[[], Dataset], str]] = {
+REJECTED: dict[str, tuple[Callable[[], Dataset], str]] = {
     "frames": (lambda: radiograph(NumberOfFrames=2, PixelData=RAMP.tobytes() * 2), "2 frames"),
     "no pixels": (lambda: without(radiograph(), "PixelData"), "without an image"),
     "no rows": (lambda: without(radiograph(), "Rows"), "header"),
@@ -341,9 +347,9 @@ REFUSED: dict[str, tuple[Callable[[], Dataset], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_radiograph_is_refused(name: str, tmp_path: Path) -> None:
-    image, expected = REFUSED[name]
+@pytest.mark.parametrize("name", REJECTED)
+def test_unusable_dicom_files_are_rejected(name: str, tmp_path: Path) -> None:
+    image, expected = REJECTED[name]
     assert expected in reason(saved(image(), tmp_path))
 
 
@@ -354,31 +360,31 @@ def test_the_size_is_checked_before_a_pixel_is_decoded(tmp_path: Path, monkeypat
 
 
 def broken_files() -> dict[str, bytes]:
-    """DICOM files that say the patient's name where another value should stand, are cut short, or have bits flipped."""
+    """Return DICOM files with the patient's name in place of another value, truncated files and flipped bits."""
     buffer = io.BytesIO()
     tags = {"WindowCenter": "2000.1234567", "WindowWidth": "1000.1234567", "RescaleSlope": "1.0000000001"}
     radiograph(RescaleIntercept="0.0000000001", NumberOfFrames=1, **tags).save_as(buffer, enforce_file_format=True)
-    whole = buffer.getvalue()
+    complete = buffer.getvalue()
     files = {}
     for value in (ExplicitVRLittleEndian, "MONOCHROME2 ", "0.0000000001", *tags.values()):
-        assert value.encode() in whole
-        files[f"name for {value}"] = whole.replace(value.encode(), SECRET.ljust(len(value), "X").encode())
-    header = len(whole) - RAMP.nbytes
+        assert value.encode() in complete
+        files[f"name for {value}"] = complete.replace(value.encode(), SECRET.ljust(len(value), "X").encode())
+    header = len(complete) - RAMP.nbytes
     for end in range(132, header + 40, 37):
-        files[f"cut at {end}"] = whole[:end]
+        files[f"cut at {end}"] = complete[:end]
     for seed in range(150):
         place = random.Random(seed).randrange(132 * 8, header * 8)
-        flipped = bytearray(whole)
+        flipped = bytearray(complete)
         flipped[place // 8] ^= 1 << place % 8
         files[f"flipped {place}"] = bytes(flipped)
     for name in ("broken jpeg 2000", "broken jpeg-ls", "truncated", "no window"):
         buffer = io.BytesIO()
-        REFUSED[name][0]().save_as(buffer, enforce_file_format=True)
+        REJECTED[name][0]().save_as(buffer, enforce_file_format=True)
         files[name] = buffer.getvalue()
     return files
 
 
-def test_no_name_leaves_a_broken_file(tmp_path: Path) -> None:
+def test_messages_about_damaged_files_contain_no_patient_name(tmp_path: Path) -> None:
     for name, data in broken_files().items():
         (tmp_path / f"{name}.dcm").write_bytes(data)
     script = """
@@ -400,3 +406,97 @@ print(bad)
     assert "SECRET" not in done.stdout + done.stderr
     assert [line for line in done.stderr.splitlines() if not line.startswith("DEBUG:")] == []
     assert int(done.stdout.splitlines()[-1]) > 40
+
+
+# pytest sets its own warning filters for each test; pydicom's warnings about these headers do not matter.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
+
+
+def codes(folder: Path, **tags: object) -> list[str]:
+    found, _ = read_header(saved(radiograph(**tags), folder))
+    assert set(found) <= set(HEADER_REASONS)
+    return found
+
+
+@pytest.mark.parametrize("view", ["LL", "RL", "LATERAL", "lateral ", "XTABLE LATERAL", "LLO", "RAO", "LAT"])
+def test_lateral_and_oblique_views_are_recognised(view: str, tmp_path: Path) -> None:
+    assert codes(tmp_path, Modality="DX", BodyPartExamined="CHEST", ViewPosition=view) == ["lateral_view"]
+
+
+@pytest.mark.parametrize("view", ["PA", "AP", "", None, "AP AXIAL", "LLD", "AP LLD", "LATERAL DECUBITUS"])
+def test_frontal_and_unknown_views_are_accepted(view: str | None, tmp_path: Path) -> None:
+    assert codes(tmp_path, Modality="CR", BodyPartExamined="Thorax", ViewPosition=view) == []
+
+
+@pytest.mark.parametrize(
+    ("modality", "part"),
+    [("CT", "CHEST"), ("MR", ""), ("MG", "BREAST"), ("DX", "KNEE"), ("CR", "SKULL"), ("PX", None), ("US", "HEART")],
+)
+def test_other_modalities_and_body_parts_are_recognised(modality: str, part: str | None, tmp_path: Path) -> None:
+    assert codes(tmp_path, Modality=modality, BodyPartExamined=part) == ["not_a_chest_radiograph"]
+
+
+@pytest.mark.parametrize("part", ["PORT CHEST", "Tórax", "Klatka piersiówa", "CHEST/ABD", "LUNG", "", None])
+def test_other_names_of_the_chest_are_accepted(part: str | None, tmp_path: Path) -> None:
+    assert codes(tmp_path, Modality="DX", BodyPartExamined=part) == []
+
+
+def test_an_image_can_have_both_reasons(tmp_path: Path) -> None:
+    assert codes(tmp_path, Modality="DX", BodyPartExamined="ANKLE", ViewPosition="LL") == list(HEADER_REASONS)
+
+
+def test_a_header_without_these_tags_gives_no_reason(tmp_path: Path) -> None:
+    assert codes(tmp_path) == []
+
+
+def test_requested_tags_are_text_and_absent_ones_are_empty(tmp_path: Path) -> None:
+    image = radiograph(StudyDate="20200310", ImageType=["ORIGINAL", "PRIMARY"], SeriesNumber=7, PatientAge=None)
+    names = ("PatientName", "StudyDate", "ImageType", "SeriesNumber", "PatientAge", "StudyTime")
+    expected = (SECRET, "20200310", "ORIGINAL\\PRIMARY", "7", "", "")
+    assert read_header(saved(image, tmp_path), names)[1] == dict(zip(names, expected, strict=True))
+
+
+def test_tags_are_returned_only_on_request(tmp_path: Path) -> None:
+    path = saved(radiograph(Modality="CT"), tmp_path)
+    assert read_header(path) == (["not_a_chest_radiograph"], {})
+
+
+def test_the_header_of_a_file_without_preamble_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "bare.dcm"
+    image = radiograph(Modality="CT")
+    bare = Dataset()
+    bare.update(image)
+    bare.save_as(path, implicit_vr=True, little_endian=True)
+    assert path.read_bytes()[128:132] != b"DICM"
+    assert read_header(path)[0] == ["not_a_chest_radiograph"]
+
+
+def test_a_file_of_another_format_has_neither_reasons_nor_tags(tmp_path: Path) -> None:
+    Image.fromarray(RAMP8).save(tmp_path / "a.png")
+    assert read_header(tmp_path / "a.png", ("PatientID",)) == ([], {})
+
+
+def test_a_damaged_tag_is_empty_and_does_not_affect_others(tmp_path: Path) -> None:
+    path = saved(radiograph(Modality="DX", SeriesNumber=123456, StudyDate="20200310"), tmp_path)
+    complete = path.read_bytes()
+    assert complete.count(b"IS\x06\x00123456") == 1
+    # Six bytes are not a number of doubles.
+    path.write_bytes(complete.replace(b"IS\x06\x00123456", b"FD\x06\x00123456"))
+    assert read_header(path, ("SeriesNumber", "StudyDate"))[1] == {"SeriesNumber": "", "StudyDate": "20200310"}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("PatientsID", "PatientID"), ("PixelData", "not text"), ("VOILUTSequence", "not text")]
+)
+def test_a_tag_that_cannot_be_a_column_is_rejected(name: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        check_tags(["StudyDate", name])
+
+
+def test_pydicom_is_not_imported_for_other_files(tmp_path: Path) -> None:
+    Image.fromarray(RAMP8).save(tmp_path / "a.png")
+    code = (
+        "import sys; from pathlib import Path; from covid_cls.data.readers import read_header; "
+        f"read_header(Path({str(tmp_path / 'a.png')!r})); assert 'pydicom' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,3 +1,5 @@
+"""Image files of every format are read correctly or rejected with a reason, without side effects."""
+
 import os
 import random
 import struct
@@ -14,7 +16,7 @@ from covid_cls.data.limits import BadImage
 from covid_cls.data.readers import read_image
 from tools.soak.pictures import BAD, GOOD, NOISE, PNG, RAMP, chunk, encoded, full_range
 
-# pytest sets its own filters; test_reading_is_silent asks a process of its own
+# pytest sets its own warning filters; `test_reading_has_no_side_effects` therefore uses a separate process.
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL.TiffImagePlugin")
 
 
@@ -32,9 +34,10 @@ def outcome(path: Path) -> np.ndarray | str:
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_a_picture_reads_the_same_from_every_format(name: str, tmp_path: Path) -> None:
+def test_an_image_is_read_from_every_format(name: str, tmp_path: Path) -> None:
     data, expected, tolerance = GOOD[name]
-    grey = read_image(written(tmp_path, data))  # named .png, whatever it is
+    # The file is named .png, whatever its format.
+    grey = read_image(written(tmp_path, data))
     assert grey.dtype == np.uint8
     assert grey.shape == expected.shape
     assert grey.flags.writeable
@@ -42,7 +45,7 @@ def test_a_picture_reads_the_same_from_every_format(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_file_that_cannot_be_used_says_why_on_one_line(name: str, tmp_path: Path) -> None:
+def test_an_unusable_file_is_rejected_with_a_reason_on_one_line(name: str, tmp_path: Path) -> None:
     data, reason = BAD[name]
     path = written(tmp_path, data)
     with pytest.raises(BadImage) as caught:
@@ -74,10 +77,11 @@ def test_only_a_regular_file_is_opened(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo.png"
     os.mkfifo(fifo)
     for path in (fifo, tmp_path, Path("/dev/zero")):
-        assert outcome(path) == "not a regular file"  # a reader of these would wait, or read without end
+        # Reading one of these would wait for ever or never end.
+        assert outcome(path) == "not a regular file"
 
 
-def test_a_path_that_leads_nowhere_is_named_as_such(tmp_path: Path) -> None:
+def test_a_path_without_file_is_reported(tmp_path: Path) -> None:
     loop = tmp_path / "loop.png"
     loop.symlink_to(loop)
     dangling = tmp_path / "dangling.png"
@@ -88,13 +92,13 @@ def test_a_path_that_leads_nowhere_is_named_as_such(tmp_path: Path) -> None:
     assert "null" in outcome(tmp_path / "a\0b.png")
 
 
-def test_a_link_to_a_picture_is_read(tmp_path: Path) -> None:
+def test_a_link_to_an_image_is_read(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(written(tmp_path, PNG))
     assert np.array_equal(read_image(link), RAMP)
 
 
-def test_a_flipped_bit_in_a_png_never_passes(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_a_png_is_always_noticed(tmp_path: Path) -> None:
     data = encoded(NOISE // 8 + RAMP // 2, "PNG")
     for seed in range(60):
         place = random.Random(seed).randrange(len(data) * 8)
@@ -104,16 +108,17 @@ def test_a_flipped_bit_in_a_png_never_passes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF", "GIF", "WEBP", "BMP"])
-def test_a_flipped_bit_in_other_formats_never_crashes(kind: str, tmp_path: Path) -> None:
+def test_a_flipped_bit_in_other_formats_never_causes_a_crash(kind: str, tmp_path: Path) -> None:
     data = encoded(RAMP, kind)
     for seed in range(60):
-        place = random.Random(seed).randrange(min(len(data), 400) * 8)  # most of them in the header
+        # Most bits are in the header.
+        place = random.Random(seed).randrange(min(len(data), 400) * 8)
         flipped = bytearray(data)
         flipped[place // 8] ^= 1 << place % 8
         outcome(written(tmp_path, bytes(flipped)))
 
 
-def test_reading_is_silent_and_leaves_no_trace_in_the_process(tmp_path: Path) -> None:
+def test_reading_has_no_side_effects(tmp_path: Path) -> None:
     files = {name: data for name, (data, *_) in (GOOD | BAD).items() if name != "fake-dicom"}
     broken_exif = bytearray(GOOD["jpeg-orientation"][0])
     broken_exif[40:60] = b"\xff" * 20

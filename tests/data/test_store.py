@@ -1,4 +1,4 @@
-"""The store holds what decoding gives, is built once, and a build that dies leaves nothing that is believed."""
+"""The image store: canvases, hashes, growing data sets, and builds that are shared, killed or fail."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def picture(seed: int, width: int = 48, height: int = 40) -> np.ndarray:
 
 
 def image_set(root: Path, count: int, width: int = 48, height: int = 40) -> pd.DataFrame:
-    """A table of `count` PNG files as `read_manifest` gives it."""
+    """Write `count` PNG files and return their table as `read_manifest` would."""
     root.mkdir(parents=True, exist_ok=True)
     for k in range(count):
         Image.fromarray(picture(k, width + k % 3, height + k % 5)).save(root / f"{k:04d}.png")
@@ -50,7 +50,7 @@ def decoded(table: pd.DataFrame, size: int, canvas: int) -> np.ndarray:
 
 
 def rewrite(path: Path, content: bytes, *, same_time: bool) -> None:
-    """Other bytes of the same length in `path`, with the time of the old ones or a later one."""
+    """Replace the bytes of a file by others of the same length, with the same or a later modification time."""
     stat = path.stat()
     assert len(content) == stat.st_size
     path.write_bytes(content)
@@ -71,12 +71,12 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-# drawing
+# canvases
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (90, 64), (64, 91), (65, 33), (200, 41), (39, 120)])
 @pytest.mark.parametrize(("size", "canvas"), [(32, 32), (32, 24), (33, 24), (40, 31), (80, 64)])
-def test_drawing_is_what_torchvision_draws(width: int, height: int, size: int, canvas: int) -> None:
+def test_a_canvas_equals_that_of_torchvision(width: int, height: int, size: int, canvas: int) -> None:
     image = picture(0, width, height)
     theirs = functional.center_crop(functional.resize(Image.fromarray(image), [size]), [canvas])
     assert np.array_equal(draw_on_canvas(image, size, canvas), np.asarray(theirs))
@@ -90,12 +90,12 @@ def test_a_larger_canvas_has_a_black_border() -> None:
     assert drawn.sum() == image.sum()
 
 
-def test_a_smaller_canvas_cuts_what_is_outside() -> None:
+def test_a_smaller_canvas_crops_the_image() -> None:
     image = picture(0, 48, 40)
     assert np.array_equal(draw_on_canvas(image, 40, 20), image[10:30, 14:34])
 
 
-def test_a_canvas_between_the_sides_cuts_one_and_fills_the_other() -> None:
+def test_a_canvas_between_the_sides_crops_one_and_fills_the_other() -> None:
     image = picture(0, 80, 40)
     drawn = draw_on_canvas(image, 40, 60)
     assert np.array_equal(drawn[10:50], image[:, 10:70])
@@ -104,7 +104,7 @@ def test_a_canvas_between_the_sides_cuts_one_and_fills_the_other() -> None:
 
 @pytest.mark.parametrize("size", [31, 32, 57, 200])
 @pytest.mark.parametrize(("width", "height"), [(33, 33), (97, 64), (32, 159)])
-def test_scaling_keeps_an_even_grey_and_the_aspect(size: int, width: int, height: int) -> None:
+def test_scaling_keeps_a_uniform_grey_and_the_aspect_ratio(size: int, width: int, height: int) -> None:
     drawn = draw_on_canvas(np.full((height, width), 200, np.uint8), size, 8 * size)
     rows, columns = (drawn.any(axis=axis).sum() for axis in (1, 0))
     assert set(np.unique(drawn)) == {0, 200}
@@ -115,20 +115,21 @@ def test_scaling_keeps_an_even_grey_and_the_aspect(size: int, width: int, height
 # hashes
 
 
-def test_hashes_are_those_of_the_bytes(table: pd.DataFrame, cache: Path) -> None:
+def test_hashes_are_the_sha256_of_the_bytes(table: pd.DataFrame, cache: Path) -> None:
     wanted = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in table["file"]]
     assert hash_files(table, cache) == wanted
     assert hash_files(table, cache) == wanted
     assert hash_files(table.iloc[::-1], cache) == wanted[::-1]
 
 
-def test_only_what_changed_is_hashed_again(table: pd.DataFrame, cache: Path) -> None:
+def test_only_changed_files_are_hashed_again(table: pd.DataFrame, cache: Path) -> None:
     before = hash_files(table, cache)
     unseen, seen = Path(table.loc[3, "file"]), Path(table.loc[4, "file"])
     rewrite(unseen, unseen.read_bytes()[::-1], same_time=True)
     rewrite(seen, seen.read_bytes()[::-1], same_time=False)
     after = hash_files(table, cache)
-    assert [k for k in range(10) if before[k] != after[k]] == [4]  # 3 has the old size and time: it was not opened
+    # File 3 has its old size and time, so it was not opened.
+    assert [k for k in range(10) if before[k] != after[k]] == [4]
     assert after[4] == hashlib.sha256(seen.read_bytes()).hexdigest()
 
 
@@ -141,7 +142,7 @@ def test_a_file_of_another_length_is_hashed_again(table: pd.DataFrame, cache: Pa
     assert hash_files(table, cache)[0] != before[0]
 
 
-def test_a_part_of_the_set_forgets_no_hash_of_the_rest(table: pd.DataFrame, cache: Path) -> None:
+def test_hashing_a_part_of_the_set_keeps_the_other_hashes(table: pd.DataFrame, cache: Path) -> None:
     before = hash_files(table, cache)
     rewrite(Path(table.loc[7, "file"]), Path(table.loc[7, "file"]).read_bytes()[::-1], same_time=True)
     Path(table.loc[0, "file"]).touch()
@@ -149,10 +150,10 @@ def test_a_part_of_the_set_forgets_no_hash_of_the_rest(table: pd.DataFrame, cach
     assert hash_files(table, cache) == before
 
 
-def test_a_wrong_sha256_names_the_line(table: pd.DataFrame, cache: Path) -> None:
+def test_a_wrong_sha256_is_reported_with_its_line(table: pd.DataFrame, cache: Path) -> None:
     hashes = hash_files(table, cache)
     table["sha256"] = [hash_.upper() if k % 2 else hash_ for k, hash_ in enumerate(hashes)]
-    assert hash_files(table, cache) == hashes  # case does not count
+    assert hash_files(table, cache) == hashes
     table.loc[[2, 5], "sha256"] = "0" * 64
     with pytest.raises(InputError, match=r"2 files do not have the sha256 .*: line 4: 0002\.png, line 7: 0005\.png\."):
         hash_files(table, cache)
@@ -160,7 +161,7 @@ def test_a_wrong_sha256_names_the_line(table: pd.DataFrame, cache: Path) -> None
     assert hash_files(table, cache) == hashes
 
 
-def test_a_flipped_bit_is_caught(table: pd.DataFrame, cache: Path) -> None:
+def test_a_flipped_bit_is_noticed(table: pd.DataFrame, cache: Path) -> None:
     table["sha256"] = hash_files(table, cache)
     path = Path(table.loc[6, "file"])
     content = bytearray(path.read_bytes())
@@ -174,7 +175,7 @@ def test_a_flipped_bit_is_caught(table: pd.DataFrame, cache: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "canvas"), [(32, 32), (24, 40), (40, 24)])
-def test_a_store_holds_what_decoding_gives(table: pd.DataFrame, cache: Path, size: int, canvas: int) -> None:
+def test_a_store_contains_the_decoded_images(table: pd.DataFrame, cache: Path, size: int, canvas: int) -> None:
     store = open_store(table, hash_files(table, cache), size=size, canvas=canvas, cache=cache)
     assert (store.images.shape, store.images.dtype) == ((10, canvas, canvas), np.uint8)
     assert np.array_equal(store.images, decoded(table, size, canvas))
@@ -182,7 +183,7 @@ def test_a_store_holds_what_decoding_gives(table: pd.DataFrame, cache: Path, siz
     assert not store.images.flags.writeable
 
 
-def test_a_store_is_opened_again_without_touching_an_image(table: pd.DataFrame, cache: Path) -> None:
+def test_a_store_is_opened_again_without_reading_an_image(table: pd.DataFrame, cache: Path) -> None:
     hashes = hash_files(table, cache)
     wanted = open_store(table, hashes, size=32, canvas=32, cache=cache).images.copy()
     for file in table["file"]:
@@ -203,7 +204,7 @@ def test_changed_content_makes_another_store(table: pd.DataFrame, cache: Path) -
     assert len(stores(cache)) == 2
 
 
-def test_every_setting_and_the_order_of_the_rows_has_a_store_of_its_own(table: pd.DataFrame, cache: Path) -> None:
+def test_settings_and_the_order_of_rows_have_separate_stores(table: pd.DataFrame, cache: Path) -> None:
     hashes = hash_files(table, cache)
     for size, canvas in ((32, 32), (33, 32), (32, 33), (32, 32)):
         open_store(table, hashes, size=size, canvas=canvas, cache=cache)
@@ -213,7 +214,7 @@ def test_every_setting_and_the_order_of_the_rows_has_a_store_of_its_own(table: p
     assert np.array_equal(turned.images, decoded(table, 32, 32)[::-1])
 
 
-def test_a_set_that_moved_keeps_its_store(table: pd.DataFrame, cache: Path, tmp_path: Path) -> None:
+def test_a_moved_data_set_keeps_its_store(table: pd.DataFrame, cache: Path, tmp_path: Path) -> None:
     open_store(table, hash_files(table, cache), size=32, canvas=32, cache=cache)
     (tmp_path / "set").rename(tmp_path / "elsewhere")
     moved = table.assign(file=[file.replace("/set/", "/elsewhere/") for file in table["file"]])
@@ -224,7 +225,8 @@ def test_a_set_that_moved_keeps_its_store(table: pd.DataFrame, cache: Path, tmp_
 def test_bad_images_are_black_and_listed(table: pd.DataFrame, cache: Path) -> None:
     Path(table.loc[3, "file"]).write_bytes(b"<html>not found</html>")
     Path(table.loc[8, "file"]).write_bytes(Path(table.loc[8, "file"]).read_bytes()[:300])
-    for _ in range(2):  # as built, and as opened again
+    # Once when the store is built, and once when it is opened again.
+    for _ in range(2):
         store = open_store(table, hash_files(table, cache), size=32, canvas=32, cache=cache)
         assert list(store.bad) == [3, 8]
         assert "web page" in store.bad[3]
@@ -234,11 +236,13 @@ def test_bad_images_are_black_and_listed(table: pd.DataFrame, cache: Path) -> No
         assert np.array_equal(store.images[good.index], decoded(good, 32, 32))
 
 
-def test_many_images_are_decoded_by_several_processes_to_the_same_store(tmp_path: Path, cache: Path) -> None:
+def test_several_processes_build_the_same_store(tmp_path: Path, cache: Path) -> None:
     files = image_set(tmp_path / "set", 20, 40, 40)
-    table = pd.concat([files] * 27, ignore_index=True)  # 540 rows: above the number that one process decodes
+    # 540 rows are more than one process decodes.
+    table = pd.concat([files] * 27, ignore_index=True)
     table["path"] = [f"{k}.png" for k in range(len(table))]
-    table.loc[[31, 32, 539], "file"] = str(tmp_path / "bad.png")  # on both sides of a border between chunks
+    # On both sides of a border between chunks, and at the end.
+    table.loc[[31, 32, 539], "file"] = str(tmp_path / "bad.png")
     (tmp_path / "bad.png").write_bytes(b"a text")
     store = open_store(table, hash_files(table, cache), size=20, canvas=16, cache=cache)
     assert sorted(store.bad) == [31, 32, 539]
@@ -247,7 +251,7 @@ def test_many_images_are_decoded_by_several_processes_to_the_same_store(tmp_path
     assert store.images[list(store.bad)].max() == 0
 
 
-def test_the_index_says_what_each_row_is(table: pd.DataFrame, cache: Path) -> None:
+def test_the_index_describes_each_row(table: pd.DataFrame, cache: Path) -> None:
     Path(table.loc[3, "file"]).write_bytes(b"not, an image")
     table.loc[4, "path"] = 'a "quoted", name.png'
     hashes = hash_files(table, cache)
@@ -261,10 +265,10 @@ def test_the_index_says_what_each_row_is(table: pd.DataFrame, cache: Path) -> No
     assert index["fault"].tolist() == ["", "", "", store.bad[3], *[""] * 6]
 
 
-def test_a_new_decoder_gets_another_store(
+def test_a_new_decoder_builds_another_store(
     table: pd.DataFrame, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A DICOM file that no decoder could read is tried again when one has been installed."""
+    # A DICOM file that no decoder could read is tried again when one has been installed.
     hashes = hash_files(table, cache)
     first = open_store(table, hashes, size=32, canvas=32, cache=cache)
     record = tmp_path / "site" / "python_gdcm-99.0.dist-info" / "METADATA"
@@ -276,11 +280,11 @@ def test_a_new_decoder_gets_another_store(
     assert len(stores(cache)) == 2
 
 
-# a set that grows
+# a growing data set
 
 
 def make_unreadable(table: pd.DataFrame) -> None:
-    """Zeros for content, with the size and time of before: who opens one of these files has no image."""
+    """Replace the content of files by zeros, with the same size and time, so that decoding one would be noticed."""
     for file in table["file"]:
         rewrite(Path(file), bytes(Path(file).stat().st_size), same_time=True)
 
@@ -289,7 +293,7 @@ def grown(table: pd.DataFrame, rows: list[int]) -> pd.DataFrame:
     return table.loc[rows].reset_index(drop=True)
 
 
-def test_only_what_is_new_is_decoded(table: pd.DataFrame, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_new_images_are_decoded(table: pd.DataFrame, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     wanted = decoded(table, 32, 32)
     hashes = hash_files(table, cache)
@@ -305,7 +309,7 @@ def test_only_what_is_new_is_decoded(table: pd.DataFrame, cache: Path, caplog: p
     ]
 
 
-def test_known_images_are_gathered_from_several_stores(table: pd.DataFrame, cache: Path) -> None:
+def test_known_images_are_copied_from_several_stores(table: pd.DataFrame, cache: Path) -> None:
     wanted = decoded(table, 32, 32)
     hashes = hash_files(table, cache)
     for part in (slice(0, 4), slice(3, 7), slice(6, 10)):
@@ -321,13 +325,14 @@ def test_a_known_fault_is_kept(table: pd.DataFrame, cache: Path) -> None:
     Path(table.loc[2, "file"]).write_bytes(b"<html>not found</html>")
     hashes = hash_files(table, cache)
     before = open_store(table[:6], hashes[:6], size=32, canvas=32, cache=cache).bad
-    make_unreadable(table[:6])  # would now be "no known image format"
+    # Decoding it again would give "no known image format".
+    make_unreadable(table[:6])
     after = open_store(table[::-1], hashes[::-1], size=32, canvas=32, cache=cache)
     assert after.bad == {7: before[2]}
     assert after.images[7].max() == 0
 
 
-def test_other_settings_know_nothing(table: pd.DataFrame, cache: Path) -> None:
+def test_nothing_is_copied_from_a_store_with_other_settings(table: pd.DataFrame, cache: Path) -> None:
     hashes = hash_files(table, cache)
     open_store(table, hashes, size=32, canvas=32, cache=cache)
     for size, canvas in ((33, 32), (32, 33)):
@@ -335,7 +340,7 @@ def test_other_settings_know_nothing(table: pd.DataFrame, cache: Path) -> None:
         assert np.array_equal(store.images, decoded(table, size, canvas))
 
 
-def test_the_same_bytes_under_another_suffix_are_looked_at_anew(tmp_path: Path, cache: Path) -> None:
+def test_the_same_bytes_with_another_suffix_are_decoded_again(tmp_path: Path, cache: Path) -> None:
     table = pd.DataFrame({"path": ["a.bin", "b.dcm"], "line": [2, 3], "sha256": ""})
     table["file"] = [str(tmp_path / name) for name in table["path"]]
     for file in table["file"]:
@@ -367,7 +372,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_store_costs_only_time(
+def test_nothing_is_copied_from_a_damaged_store(
     table: pd.DataFrame, cache: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     hashes = hash_files(table, cache)
@@ -380,11 +385,12 @@ def test_a_damaged_store_costs_only_time(
     assert f"{name}: nothing could be copied" in caplog.text
 
 
-def test_many_known_images_need_no_decoder(tmp_path: Path, cache: Path) -> None:
+def test_many_known_images_are_not_decoded(tmp_path: Path, cache: Path) -> None:
     files = image_set(tmp_path / "set", 20, 40, 40)
     wanted = np.tile(decoded(files, 32, 32), (27, 1, 1))
     open_store(files, hash_files(files, cache), size=32, canvas=32, cache=cache)
-    table = pd.concat([files] * 27, ignore_index=True)  # 540 rows: above the number that one process decodes
+    # 540 rows are more than one process decodes.
+    table = pd.concat([files] * 27, ignore_index=True)
     table["path"] = [f"{k}.png" for k in range(len(table))]
     hashes = hash_files(table, cache)
     make_unreadable(files)
@@ -398,13 +404,13 @@ def test_many_known_images_need_no_decoder(tmp_path: Path, cache: Path) -> None:
     ("shape", "dtype"), [((40, 9, 9), "u1"), ((40, 3, 5, 2), "u2"), ((40, 7), "f4"), ((40,), "f8")]
 )
 @pytest.mark.parametrize("rows", [[], [0], [39, 0, 7, 7], list(range(40))], ids=len)
-def test_rows_are_those_of_the_array(tmp_path: Path, shape: tuple[int, ...], dtype: str, rows: list[int]) -> None:
+def test_read_rows_equals_indexing(tmp_path: Path, shape: tuple[int, ...], dtype: str, rows: list[int]) -> None:
     array = np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
     np.save(tmp_path / "c.npy", array)
     np.save(tmp_path / "f.npy", np.asfortranarray(array))
-    whole = np.load(tmp_path / "c.npy", mmap_mode="r")
+    mapped = np.load(tmp_path / "c.npy", mmap_mode="r")
     wanted = array[rows]
-    for source in (array, whole, np.load(tmp_path / "f.npy", mmap_mode="r"), np.asarray(whole)):
+    for source in (array, mapped, np.load(tmp_path / "f.npy", mmap_mode="r"), np.asarray(mapped)):
         found = read_rows(source, np.array(rows, dtype=np.int64))
         assert np.array_equal(found, wanted)
         assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
@@ -412,65 +418,67 @@ def test_rows_are_those_of_the_array(tmp_path: Path, shape: tuple[int, ...], dty
         assert not np.shares_memory(found, source)
 
 
-def test_a_part_of_a_map_is_not_taken_for_the_whole(tmp_path: Path) -> None:
+def test_a_part_of_a_memory_map_is_not_mistaken_for_its_file(tmp_path: Path) -> None:
     array = np.arange(60, dtype=np.uint16).reshape(12, 5)
     np.save(tmp_path / "a.npy", array)
-    whole = np.load(tmp_path / "a.npy", mmap_mode="r")
-    assert mapped_file(whole) == tmp_path / "a.npy"
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    assert mapped_file(mapped) == tmp_path / "a.npy"
     rows = np.array([2, 0])
     for part, same in (
-        (whole[3:], array[3:]),
-        (whole[::2], array[::2]),
-        (whole.T, array.T),
-        (whole[:, 1:], array[:, 1:]),
+        (mapped[3:], array[3:]),
+        (mapped[::2], array[::2]),
+        (mapped.T, array.T),
+        (mapped[:, 1:], array[:, 1:]),
     ):
         assert mapped_file(part) is None
         assert np.array_equal(read_rows(part, rows), same[rows])
     private = np.load(tmp_path / "a.npy", mmap_mode="c")
-    private[2] = 7  # the file does not have it
+    # A change of this map is not written to the file.
+    private[2] = 7
     assert (read_rows(private, rows)[0] == 7).all()
 
 
-def test_rows_survive_the_removal_of_their_file_but_not_its_cutting(tmp_path: Path) -> None:
+def test_rows_can_be_read_after_their_file_is_removed_but_not_truncated(tmp_path: Path) -> None:
     array = np.random.default_rng(0).integers(0, 200, (50, 9), dtype=np.uint8)
     np.save(tmp_path / "a.npy", array)
-    whole = np.load(tmp_path / "a.npy", mmap_mode="r")
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
     rows = np.array([49, 3])
     (tmp_path / "a.npy").rename(tmp_path / "b.npy")
-    assert np.array_equal(read_rows(whole, rows), array[rows])
+    assert np.array_equal(read_rows(mapped, rows), array[rows])
     (tmp_path / "b.npy").rename(tmp_path / "a.npy")
     os.truncate(tmp_path / "a.npy", 300)
     with pytest.raises(OSError, match=r"a\.npy: ends before row 49"):
-        read_rows(whole, rows)
+        read_rows(mapped, rows)
 
 
 def mapped_bytes() -> int:
-    """Resident memory of this process that belongs to files."""
+    """Return the resident memory of this process that is mapped from files."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
     return int(line.split()[1]) * 1024
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc")
-def test_a_walk_through_a_large_map_leaves_nothing_resident(tmp_path: Path) -> None:
+def test_reading_all_rows_of_a_large_map_uses_no_resident_memory(tmp_path: Path) -> None:
     size = 64 * 2**20
     np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.uint8, (256, size // 256)).flush()
-    whole = np.load(tmp_path / "a.npy", mmap_mode="r")
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
     before = mapped_bytes()
     for start in range(0, 256, 32):
-        read_rows(whole, np.arange(start, start + 32))
+        read_rows(mapped, np.arange(start, start + 32))
     assert mapped_bytes() - before < size / 8
-    whole[np.arange(256)]  # what the map itself would keep
+    # Indexing the map keeps what it reads.
+    mapped[np.arange(256)]
     assert mapped_bytes() - before > size / 2
 
 
-def test_a_store_can_be_read_by_others(table: pd.DataFrame, cache: Path) -> None:
+def test_other_users_can_read_a_store(table: pd.DataFrame, cache: Path) -> None:
     open_store(table, hash_files(table, cache), size=32, canvas=32, cache=cache)
     (folder,) = (cache / "store" / name for name in stores(cache))
     assert folder.stat().st_mode & 0o777 == 0o755
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in folder.iterdir())
 
 
-def test_a_full_disk_is_said_before_anything_is_written(
+def test_a_full_disk_is_reported_before_anything_is_written(
     table: pd.DataFrame, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
@@ -485,7 +493,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
     assert open_store(table, hashes, size=32, canvas=32, cache=cache).bad == {}
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_default_folder_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("COVID_CLS_CACHE", raising=False)
@@ -496,7 +504,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert default_cache() == tmp_path / "own"
 
 
-# several processes, and their deaths
+# several processes
 
 OPEN = """
 import sys, json, hashlib
@@ -521,7 +529,7 @@ print(hashlib.sha256(found.images.tobytes()).hexdigest(), flush=True)
 
 
 def start_open(table: pd.DataFrame, hashes: list[str], cache: Path, size: int) -> "subprocess.Popen[str]":
-    """A process that opens the store as soon as it gets a line; it is the head of a group of its own."""
+    """Start a process that opens the store when it reads a line; it leads a separate process group."""
     table.to_json(cache.parent / "table.json")
     (cache.parent / "hashes.json").write_text(json.dumps(hashes))
     arguments = [cache.parent / "table.json", cache.parent / "hashes.json", cache, cache.parent / "log", size]
@@ -545,7 +553,7 @@ def go(process: "subprocess.Popen[str]") -> None:
 
 
 def slow_set(root: Path, rows: int) -> pd.DataFrame:
-    """Rows that take some 10 ms each to decode; few files, as hashing them is not what is measured."""
+    """Return a table whose rows take about 10 ms each to decode; it has few files, which are hashed quickly."""
     files = image_set(root, 4, 700, 700)
     table = pd.concat([files] * (rows // 4), ignore_index=True)
     table["path"] = [f"{k}.png" for k in range(len(table))]
@@ -553,13 +561,14 @@ def slow_set(root: Path, rows: int) -> pd.DataFrame:
 
 
 @pytest.mark.slow(reason="processes that decode are killed")
-def test_processes_that_ask_at_once_build_once_and_survive_who_builds(tmp_path: Path) -> None:
-    outcome = caches(4, tmp_path)  # of features, too
+def test_processes_that_ask_at_once_build_once_and_survive_a_killed_builder(tmp_path: Path) -> None:
+    # Half of these caches are feature caches.
+    outcome = caches(4, tmp_path)
     assert outcome.held, outcome
 
 
 def group_members(group: int) -> list[int]:
-    """The processes of this group that are alive."""
+    """Return the living processes of a group."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -571,8 +580,8 @@ def group_members(group: int) -> list[int]:
     return found
 
 
-def begun(images: Path) -> bool:
-    """Whether the first row is decoded. The file may be empty, or shorter than its header says: it is read as bytes."""
+def has_first_row(images: Path) -> bool:
+    """Return whether the first row is decoded. The file is read as bytes, because it may be incomplete."""
     try:
         with images.open("rb") as file:
             file.seek(128)
@@ -583,25 +592,26 @@ def begun(images: Path) -> bool:
 
 @pytest.mark.slow(reason="processes that decode are killed")
 @pytest.mark.parametrize("rows", [400, 1200], ids=["one process", "several processes"])
-def test_a_killed_build_is_never_trusted(tmp_path: Path, cache: Path, rows: int) -> None:
+def test_a_killed_build_is_never_used(tmp_path: Path, cache: Path, rows: int) -> None:
     table = slow_set(tmp_path / "set", rows)
     hashes = hash_files(table, cache)
     process = start_open(table, hashes, cache, 64)
     try:
         go(process)
-        while not any(begun(file) for file in (cache / "store").glob("*.tmp*/images.npy")):
+        while not any(has_first_row(file) for file in (cache / "store").glob("*.tmp*/images.npy")):
             assert process.poll() is None, "the build was over before it could be killed"
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
         (scratch,) = stores(cache)
-        assert ".tmp" in scratch  # nothing has the name of a store
+        assert ".tmp" in scratch
         unfinished = np.load(cache / "store" / scratch / "images.npy", "r")
         assert not unfinished.any(axis=(1, 2)).all()
 
         small = open_store(table[:40], hashes[:40], size=64, canvas=64, cache=cache)
         four = decoded(table[:4], 64, 64)
-        assert np.array_equal(small.images, np.tile(four, (10, 1, 1)))  # it took nothing from what is unfinished
+        # Nothing was copied from the unfinished store.
+        assert np.array_equal(small.images, np.tile(four, (10, 1, 1)))
         if rows == 400:
             (finished,) = (name for name in stores(cache) if ".tmp" not in name)
             shutil.rmtree(cache / "store" / finished)
@@ -609,7 +619,8 @@ def test_a_killed_build_is_never_trusted(tmp_path: Path, cache: Path, rows: int)
             assert np.array_equal(store.images, np.tile(four, (rows // 4, 1, 1)))
             assert store.bad == {}
             assert not [name for name in stores(cache) if ".tmp" in name]
-        while group_members(process.pid):  # no worker outlives the build for long: one that imports ends after that
+        # No worker outlives the build for long: one that is importing ends after that.
+        while group_members(process.pid):
             time.sleep(0.1)
     finally:
         with suppress(ProcessLookupError):
@@ -617,26 +628,26 @@ def test_a_killed_build_is_never_trusted(tmp_path: Path, cache: Path, rows: int)
 
 
 @pytest.mark.slow(reason="processes that decode are killed")
-def test_a_decoder_that_is_killed_is_named_with_the_remedy(tmp_path: Path, cache: Path) -> None:
+def test_a_killed_decoding_process_is_reported(tmp_path: Path, cache: Path) -> None:
     table = slow_set(tmp_path / "set", 1200)
     hashes = hash_files(table, cache)
 
     def kill_one() -> None:
-        while not any(begun(file) for file in (cache / "store").glob("*.tmp*/images.npy")):
+        while not any(has_first_row(file) for file in (cache / "store").glob("*.tmp*/images.npy")):
             time.sleep(0.005)
         next(child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())).kill()
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
-    with pytest.raises(InputError, match=r"a process that decodes images was killed.*more of it, or fewer processors"):
+    with pytest.raises(InputError, match=r"a process that decodes images was killed.*more memory or fewer processors"):
         open_store(table, hashes, size=64, canvas=64, cache=cache)
     killer.join()
     assert stores(cache) == []
 
 
-def test_a_build_that_fails_leaves_nothing(table: pd.DataFrame, cache: Path) -> None:
+def test_a_failed_build_leaves_nothing(table: pd.DataFrame, cache: Path) -> None:
     with pytest.raises(ValueError, match="must be > 0"):
-        open_store(table, hash_files(table, cache), size=0, canvas=32, cache=cache)  # found out while decoding
+        open_store(table, hash_files(table, cache), size=0, canvas=32, cache=cache)
     assert stores(cache) == []
 
 
@@ -646,7 +657,7 @@ def test_a_build_that_fails_leaves_nothing(table: pd.DataFrame, cache: Path) -> 
 @pytest.mark.real
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real radiographs at {REAL}")
 @pytest.mark.parametrize("name", ["raw", "external", "darkcovidnet"])
-def test_every_real_radiograph_decodes(name: str, cache: Path) -> None:
+def test_every_real_radiograph_is_decoded(name: str, cache: Path) -> None:
     table = read_manifest(REAL / name / "manifest.csv")
     store = open_store(table, hash_files(table, cache), size=32, canvas=32, cache=cache)
     assert store.bad == {}
@@ -658,16 +669,14 @@ import sys
 from pathlib import Path
 import pandas as pd
 from covid_cls.data import store
-store._ALONE = 0  # so that processes decode
+store._MIN_FOR_PROCESSES = 0
 table = pd.read_json(sys.argv[1])
 store.open_store(table, ["0"] * len(table), size=32, canvas=32, cache=Path(sys.argv[2]))
 """
 
 
 @pytest.mark.slow(reason="a script that starts processes is run as one")
-def test_a_script_that_processes_would_run_again_fails_instead_of_waiting_for_itself(
-    tmp_path: Path, cache: Path
-) -> None:
+def test_a_script_without_main_guard_fails_instead_of_waiting_for_itself(tmp_path: Path, cache: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(WITHOUT_GUARD)
     image_set(tmp_path / "set", 70).to_json(tmp_path / "table.json")
@@ -678,7 +687,8 @@ def test_a_script_that_processes_would_run_again_fails_instead_of_waiting_for_it
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=300,  # only to end a script that waits for itself; a busy machine may need more than a minute
+        # Only reached by a script that waits for itself: a busy machine may need more than a minute.
+        timeout=300,
     )
     assert done.returncode == 1
     assert "if __name__ == '__main__':" in done.stderr

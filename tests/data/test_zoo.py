@@ -1,4 +1,4 @@
-"""A small zoo: each file is read right or refused, without a death, a hang or much memory; and the watch can fail."""
+"""The zoo of tools/soak: unusual, damaged and malicious files are read or rejected quickly and with little memory."""
 
 import os
 import random
@@ -21,7 +21,7 @@ from tools.soak.pictures import GOOD
 from tools.soak.radiographs import RAMP8, radiograph
 from tools.soak.zoo import Specimen, plant
 
-# pytest sets its own filters, see test_readers.py
+# pytest sets its own warning filters, see test_readers.py.
 pytestmark = [pytest.mark.filterwarnings(f"ignore:::PIL.{name}") for name in ("Image", "TiffImagePlugin")]
 
 
@@ -33,7 +33,7 @@ def refusal(data: bytes, folder: Path) -> str:
     return str(error.value)
 
 
-def test_sixty_files_are_read_right_or_refused(tmp_path: Path) -> None:
+def test_sixty_files_are_read_correctly_or_rejected(tmp_path: Path) -> None:
     (tmp_path / "zoo").mkdir()
     specimens = plant(tmp_path / "zoo", 60, seed=1)
     readings = read_all([tmp_path / "zoo" / specimen.name for specimen in specimens], read_image)
@@ -49,7 +49,7 @@ def test_sixty_files_are_read_right_or_refused(tmp_path: Path) -> None:
     )
     ends = {f"zoo/{specimen.name}": reading for specimen, reading in zip(specimens, readings, strict=True)}
     assert {row.path: row.reason for row in quarantined.itertuples()} == {
-        path: ends[path].words for path in lines if ends[path].end == "refused"
+        path: ends[path].message for path in lines if ends[path].end == "refused"
     }
     assert all(lines[row.path] == row.line for row in quarantined.itertuples())
     assert len(usable) + len(quarantined) == len(table)
@@ -59,7 +59,7 @@ def test_sixty_files_are_read_right_or_refused(tmp_path: Path) -> None:
         read_manifest(tmp_path / "odd.csv")
 
 
-def test_the_same_seed_plants_the_same_files(tmp_path: Path) -> None:
+def test_the_same_seed_writes_the_same_files(tmp_path: Path) -> None:
     contents = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -69,22 +69,23 @@ def test_the_same_seed_plants_the_same_files(tmp_path: Path) -> None:
     assert len(contents[0]) > 30
 
 
-# the watch: each of these ends must be seen for what it is
+# what the checks of tools/soak notice
 
 
 @pytest.mark.slow(reason="processes that read images die and hang")
-def test_a_death_a_hang_an_exception_and_memory_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "PATIENCE", 8.0)  # a busy machine takes seconds to start a process
+def test_crashes_hangs_exceptions_and_memory_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A busy machine takes seconds to start a process.
+    monkeypatch.setattr(images, "PATIENCE", 8.0)
     names = ("reads", "killed", "reads", "hangs", "raises", "refuses", "large", "reads")
     readings = read_all([Path(name) for name in names], unreliable)
     assert [reading.end for reading in readings] == [
         *("read", "died", "read", "hung", "raised", "refused", "read", "read")
     ]
-    assert readings[1].words == "exit code -11"
+    assert readings[1].message == "exit code -11"
     assert readings[6].megabytes > 280
     assert readings[7].megabytes < 20
-    whole = Specimen("a", np.ones(4, np.uint8))
-    assert [bool(fault_of(whole, reading)) for reading in readings] == [
+    good = Specimen("a", np.ones(4, np.uint8))
+    assert [bool(fault_of(good, reading)) for reading in readings] == [
         False,
         True,
         False,
@@ -100,11 +101,11 @@ def test_a_death_a_hang_an_exception_and_memory_are_seen(monkeypatch: pytest.Mon
     assert fault_of(Specimen("a"), readings[5]) == fault_of(Specimen("a"), readings[0]) == ""
 
 
-# what the zoo found; before, each of these took gigabytes or minutes
+# files that once took gigabytes or minutes
 
 
 @pytest.mark.parametrize(("count", "passes"), [(50, True), (5000, False)])
-def test_a_jpeg_of_many_scans(count: int, passes: bool, tmp_path: Path) -> None:
+def test_a_jpeg_of_too_many_scans_is_rejected(count: int, passes: bool, tmp_path: Path) -> None:
     data = zoo.scans(640, count)
     if passes:
         (tmp_path / "image").write_bytes(data)
@@ -113,11 +114,11 @@ def test_a_jpeg_of_many_scans(count: int, passes: bool, tmp_path: Path) -> None:
         assert "more than 64 scans" in refusal(data, tmp_path)
 
 
-def test_a_jpeg_of_many_exif_blocks(tmp_path: Path) -> None:
+def test_a_jpeg_of_many_exif_blocks_is_rejected(tmp_path: Path) -> None:
     assert "EXIF" in refusal(zoo.many_exif(200), tmp_path)
 
 
-def test_a_tiff_of_absurd_tiles_or_tags(tmp_path: Path) -> None:
+def test_a_tiff_of_huge_tiles_or_tags_is_rejected(tmp_path: Path) -> None:
     assert "tiles" in refusal(zoo.tile_bomb(), tmp_path)
     tags = {**zoo.GREY_64, 259: (1, 1), 273: (2_000_000, 200), 278: (1, 64), 279: (1, 4096)}
     assert "million numbers" in refusal(zoo.tiff_of(tags, bytes(4096)), tmp_path)
@@ -126,7 +127,7 @@ def test_a_tiff_of_absurd_tiles_or_tags(tmp_path: Path) -> None:
     assert "million numbers" in refusal(zoo.tiff_of(nested, inner), tmp_path)
 
 
-def test_a_sparse_file_is_refused_unread(tmp_path: Path) -> None:
+def test_a_sparse_file_is_rejected_without_reading_it(tmp_path: Path) -> None:
     path = tmp_path / "sparse"
     path.write_bytes(GOOD["png"][0])
     os.truncate(path, 600 * 2**20)
@@ -134,7 +135,7 @@ def test_a_sparse_file_is_refused_unread(tmp_path: Path) -> None:
         read_image(path)
 
 
-def test_a_deflated_dicom_file_is_refused_before_it_is_inflated(
+def test_a_deflated_dicom_file_is_rejected_before_it_is_decompressed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("covid_cls.data.dicom.dcmread", lambda *_, **__: pytest.fail("pydicom inflates the file"))
@@ -154,7 +155,7 @@ def test_a_deflated_dicom_file_is_refused_before_it_is_inflated(
         (RLELossless, bytes(64) + b"\x81\x05" * 1_000_000),
     ],
 )
-def test_compressed_pixels_of_another_size_are_not_decoded(
+def test_compressed_pixels_of_another_size_than_the_header_are_not_decoded(
     syntax: str, frame: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("covid_cls.data.dicom.pixel_array", lambda image: pytest.fail("decoded"))
@@ -162,13 +163,13 @@ def test_compressed_pixels_of_another_size_are_not_decoded(
     assert "pixel data" in reason or "longer than" in reason
 
 
-def test_a_jpeg_of_many_scans_in_a_dicom_file(tmp_path: Path) -> None:
+def test_a_jpeg_of_many_scans_in_a_dicom_file_is_rejected(tmp_path: Path) -> None:
     image = radiograph(np.zeros((640, 640), np.uint8), 8)
     assert "64 scans" in refusal(zoo.dicom(image, JPEGBaseline8Bit, zoo.scans(640, 5000)), tmp_path)
 
 
 @pytest.mark.parametrize("name", zoo.DICOMS)
-def test_a_damaged_dicom_file_never_ends_the_process(name: str, tmp_path: Path) -> None:
+def test_a_damaged_dicom_file_never_crashes_the_process(name: str, tmp_path: Path) -> None:
     data = zoo.DICOMS[name][0]
     paths = [tmp_path / str(number) for number in range(40)]
     for number, path in enumerate(paths):

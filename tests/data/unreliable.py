@@ -1,4 +1,4 @@
-"""A reader that ends in every way in which a reader must not; its process imports little else."""
+"""A reader that fails in every way in which a reader must not. Its process imports little else."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from covid_cls.data.limits import BadImage
 
 
 def unreliable(path: Path) -> np.ndarray:
-    """A reader that ends as the file's name says."""
+    """Crash, hang, raise or read, as the name of the file requires."""
     if path.name == "killed":
         os.kill(os.getpid(), signal.SIGSEGV)
     if path.name == "hangs":

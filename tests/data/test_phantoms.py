@@ -1,4 +1,4 @@
-"""Phantoms are the same each time, complete or absent, and give the class away through the lungs alone."""
+"""Phantoms are reproducible and complete, and only their lungs depend on the class."""
 
 import csv
 from collections import defaultdict
@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from scipy.ndimage import binary_dilation, binary_erosion
 
-from covid_cls.data.phantom import COLUMNS, build_phantoms
-from covid_cls.data.radiograph import NARROWEST, SITES, Shadow, draw_radiograph, draw_vessels
+from covid_cls.data.drawing import MIN_CHEST, SITES, Opacity, draw_radiograph, draw_vessels
+from covid_cls.data.phantoms import COLUMNS, build_phantoms
 from covid_cls.errors import InputError
-from covid_cls.labels import CLASSES
+from covid_cls.tasks import CLASSES
 
 
 def rows_of(manifest: Path) -> list[dict[str, str]]:
@@ -41,19 +41,20 @@ def rows(clean: Path) -> list[dict[str, str]]:
     return rows_of(clean / "manifest.csv")
 
 
-def test_same_arguments_same_bytes(tmp_path: Path) -> None:
+def test_the_same_arguments_give_the_same_bytes(tmp_path: Path) -> None:
     first, second = (build_phantoms(tmp_path / name, images=24, seed=1).parent for name in "ab")
     assert contents(first) == contents(second)
-    assert len(contents(first)) == 2 * 24 + 1  # images, masks, manifest: no temporary file is left behind
+    # Images, masks and the manifest: no temporary file is left.
+    assert len(contents(first)) == 2 * 24 + 1
 
 
-def test_another_seed_draws_other_pictures(tmp_path: Path, clean: Path, rows: list[dict[str, str]]) -> None:
+def test_another_seed_gives_other_images(tmp_path: Path, clean: Path, rows: list[dict[str, str]]) -> None:
     other = build_phantoms(tmp_path, images=6, seed=4)
     known = {(clean / row["path"]).read_bytes() for row in rows}
     assert not known & {(tmp_path / row["path"]).read_bytes() for row in rows_of(other)}
 
 
-def test_manifest_lists_every_image_once(clean: Path, rows: list[dict[str, str]]) -> None:
+def test_the_manifest_lists_every_image_once(clean: Path, rows: list[dict[str, str]]) -> None:
     assert tuple(rows[0]) == COLUMNS
     listed = [row["path"] for row in rows]
     assert sorted(listed) == sorted(path.relative_to(clean).as_posix() for path in (clean / "images").rglob("*.png"))
@@ -62,7 +63,7 @@ def test_manifest_lists_every_image_once(clean: Path, rows: list[dict[str, str]]
 
 
 @pytest.mark.parametrize(("images", "counts"), [(6, (2, 2, 2)), (8, (3, 3, 2))])
-def test_a_small_set_has_two_patients_and_more_of_each_class(
+def test_a_small_set_has_at_least_two_patients_per_class(
     tmp_path: Path, images: int, counts: tuple[int, int, int]
 ) -> None:
     found = rows_of(build_phantoms(tmp_path, images=images))
@@ -80,7 +81,7 @@ def test_patients_have_several_images_one_label_and_one_source(rows: list[dict[s
         assert len({(row["label"], row["source"]) for row in images}) == 1
 
 
-def test_source_and_patient_size_say_nothing_of_the_class(rows: list[dict[str, str]]) -> None:
+def test_sources_and_images_per_patient_are_independent_of_the_class(rows: list[dict[str, str]]) -> None:
     by_class = {c: [row for row in rows if row["label"] == c] for c in CLASSES}
     sources = {c: sorted(row["source"] for row in found) for c, found in by_class.items()}
     sizes = {
@@ -104,7 +105,7 @@ def test_images_are_grey_with_dark_lungs_and_a_bright_middle(clean: Path, rows: 
         assert spine.mean() > lungs.mean() + 15
 
 
-def test_masks_fit_their_images_and_hold_the_dark_lungs(clean: Path, rows: list[dict[str, str]]) -> None:
+def test_masks_cover_the_dark_lungs(clean: Path, rows: list[dict[str, str]]) -> None:
     for row in rows:
         pixels = pixels_of(clean, row).astype(float)
         with Image.open(clean / row["mask"]) as image:
@@ -116,14 +117,15 @@ def test_masks_fit_their_images_and_hold_the_dark_lungs(clean: Path, rows: list[
         assert not lungs[:, int(0.48 * width) : int(0.52 * width)].any()  # the spine
         assert not lungs[int(0.95 * height) :].any()  # the belly
         halves = lungs[:, : width // 2].mean(), lungs[:, width // 2 :].mean()
-        assert halves[0] > halves[1] > 0.5 * halves[0]  # the heart leaves the left lung smaller
+        # The heart makes the left lung smaller.
+        assert halves[0] > halves[1] > 0.5 * halves[0]
         around = binary_dilation(lungs, iterations=12) & ~binary_dilation(lungs, iterations=4)
         assert pixels[around].mean() > pixels[lungs].mean() + 15
 
 
-def test_no_opacity_changes_a_pixel_outside_the_lungs() -> None:
-    chest, vessels = NARROWEST, draw_vessels(np.random.default_rng(0))
-    spots = [Shadow(0.6, 0.5, 0.2, 0.2, 1.7, side=side) for side in (-1, 1)]
+def test_opacities_change_only_the_lungs() -> None:
+    chest, vessels = MIN_CHEST, draw_vessels(np.random.default_rng(0))
+    spots = [Opacity(0.6, 0.5, 0.2, 0.2, 1.7, side=side) for side in (-1, 1)]
     clear, lungs = draw_radiograph(chest, vessels, [], SITES["site_a"], "PA", np.random.default_rng(1))
     dense, same = draw_radiograph(chest, vessels, spots, SITES["site_a"], "PA", np.random.default_rng(1))
     assert np.array_equal(lungs, same)
@@ -139,7 +141,7 @@ def test_two_images_of_a_patient_differ(clean: Path, rows: list[dict[str, str]])
     assert len({(clean / row["path"]).read_bytes() for row in rows}) == len(rows)
 
 
-def test_opacities_make_the_lungs_of_the_sick_denser(clean: Path, rows: list[dict[str, str]]) -> None:
+def test_lungs_of_patients_with_disease_are_denser(clean: Path, rows: list[dict[str, str]]) -> None:
     density: dict[str, list[float]] = {c: [] for c in CLASSES}
     for row in rows:
         pixels = pixels_of(clean, row).astype(float)
@@ -148,10 +150,11 @@ def test_opacities_make_the_lungs_of_the_sick_denser(clean: Path, rows: list[dic
         density[row["label"]].append(lung.mean() / pixels[int(0.9 * height) :].mean())
     mean = {c: np.mean(values) for c, values in density.items()}
     assert min(mean["covid"], mean["pneumonia"]) > mean["normal"]
-    assert min(density["covid"]) < max(density["normal"])  # and yet no single grey value tells
+    # But the mean grey level does not separate the classes.
+    assert min(density["covid"]) < max(density["normal"])
 
 
-def test_marker_of_full_strength_is_on_covid_alone_and_in_one_corner(tmp_path: Path, clean: Path) -> None:
+def test_a_marker_of_strength_1_is_in_a_corner_of_covid_images_only(tmp_path: Path, clean: Path) -> None:
     marked = build_phantoms(tmp_path, images=48, seed=3, shortcut="marker")
     assert marked.read_bytes() == (clean / "manifest.csv").read_bytes()
     for row in rows_of(marked):
@@ -164,7 +167,7 @@ def test_marker_of_full_strength_is_on_covid_alone_and_in_one_corner(tmp_path: P
             assert after.max() == 250 or before.max() > 250
 
 
-def test_marker_of_no_strength_is_on_half_of_every_class(tmp_path: Path, clean: Path) -> None:
+def test_a_marker_of_strength_0_is_in_half_of_the_images_of_every_class(tmp_path: Path, clean: Path) -> None:
     marked = build_phantoms(tmp_path, images=48, seed=3, shortcut="marker", shortcut_strength=0)
     found = rows_of(marked)
     for c in CLASSES:
@@ -173,17 +176,17 @@ def test_marker_of_no_strength_is_on_half_of_every_class(tmp_path: Path, clean: 
         assert 2 <= changed <= len(mine) - 2
 
 
-def test_an_interrupted_build_is_redone(tmp_path: Path) -> None:
+def test_an_interrupted_build_is_repeated(tmp_path: Path) -> None:
     manifest = build_phantoms(tmp_path, images=6)
-    whole = contents(tmp_path)
+    complete = contents(tmp_path)
     half = tmp_path / rows_of(manifest)[0]["path"]
     half.write_bytes(half.read_bytes()[:100])
     manifest.unlink()
     build_phantoms(tmp_path, images=6)
-    assert contents(tmp_path) == whole
+    assert contents(tmp_path) == complete
 
 
-def test_a_complete_set_is_left_alone(tmp_path: Path) -> None:
+def test_a_complete_set_is_not_written_again(tmp_path: Path) -> None:
     manifest = build_phantoms(tmp_path, images=6)
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert build_phantoms(tmp_path, images=6) == manifest
@@ -200,7 +203,9 @@ def test_a_complete_set_is_left_alone(tmp_path: Path) -> None:
         ({"shortcut_strength": float("nan")}, "from 0"),
     ],
 )
-def test_bad_arguments_name_the_remedy_and_write_nothing(tmp_path: Path, wrong: dict[str, object], remedy: str) -> None:
+def test_bad_arguments_are_rejected_before_anything_is_written(
+    tmp_path: Path, wrong: dict[str, object], remedy: str
+) -> None:
     with pytest.raises(InputError, match=remedy):
         build_phantoms(tmp_path / "set", **wrong)  # type: ignore[arg-type]
     assert not (tmp_path / "set").exists()
