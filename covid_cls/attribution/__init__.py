@@ -1,1 +1,1 @@
-"""What a network looks at, in maps and in numbers."""
+"""Attribution maps, lung masks and the metrics of maps."""

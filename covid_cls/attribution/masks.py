@@ -1,4 +1,4 @@
-"""Where the lungs are: the pictures that a manifest's column `mask` names."""
+"""Lung masks: the images that the column `mask` of a manifest names."""
 
 from pathlib import Path
 
@@ -14,43 +14,54 @@ from covid_cls.errors import InputError, listed
 
 
 def mask_files(table: pd.DataFrame) -> list[Path | None]:
-    """The mask of each row of a table as `read_manifest` gives it; None where it has none. Nothing is decoded.
+    """Return the mask file of each row of a manifest's table, or None; nothing is decoded.
 
-    Paths are relative to the manifest and stay below its folder, as those of images do. InputError naming the lines.
+    Like those of images, the paths are relative to the manifest and must stay in its folder.
+
+    Raises:
+        InputError: Mask files are missing or may not be opened; the message names the lines.
     """
+    files: list[Path | None] = [None] * len(table)
     if "mask" not in table.columns:
-        return [None] * len(table)
-    files: list[Path | None] = []
+        return files
     faults = []
-    for name, path, file, line in table[["mask", "path", "file", "line"]].itertuples(index=False):
-        root = Path(*Path(file).parts[: -len(Path(path).parts)])
-        fault = file_fault(root, name) if name else None
-        if fault:
-            faults.append(f"line {line}: {fault}")
-        files.append(root / name if name else None)
+    for row, (name, path, file, line) in enumerate(table[["mask", "path", "file", "line"]].itertuples(index=False)):
+        if name:
+            # The manifest's folder: what remains of the image's file without its path in the manifest.
+            root = Path(*Path(file).parts[: -len(Path(path).parts)])
+            files[row] = root / name
+            if fault := file_fault(root, name):
+                faults.append(f"line {line}: {fault}")
     if faults:
         raise InputError(
-            f"data: {len(faults)} faults in column mask. {listed(faults, 5)}. Mend them or empty the cells"
+            f"data: {len(faults)} faults in column mask. {listed(faults, 5)}. Fix these paths or leave them empty"
         )
     return files
 
 
 def read_mask(mask: Path, image: Path, size: int, crop: int) -> NDArray[np.bool_]:
-    """What the network's view of `image` shows of the lungs, (crop, crop): whatever is not black in `mask`.
+    """Return where the network's view of `image` shows lungs, (crop, crop): pixels that are not black in `mask`.
 
-    size: the short side to which images are scaled. InputError where the mask cannot be read or is of another size than
-    the image.
+    Args:
+        mask: An image of the size of `image`.
+        image: The radiograph.
+        size: Short side in pixels to which images are scaled.
+        crop: Side of the network's view in pixels.
+
+    Raises:
+        InputError: The mask cannot be read, or differs from the image in size.
     """
     try:
         lungs, shape = read_image(mask), read_image(image).shape
     except BadImage as error:
         raise InputError(
-            f"{mask}, the mask of {image}: {error}; give a picture that is white inside the lungs"
+            f"{mask}, the mask of {image}: {error}; give an image that is white inside the lungs"
         ) from None
     if lungs.shape != shape:
         sides = [f"{width} x {height}" for height, width in (lungs.shape, shape)]
         raise InputError(
-            f"{mask}: is {sides[0]} pixels and its image, {image}, {sides[1]}; draw it on the image itself"
+            f"{mask}: is {sides[0]} pixels and its image, {image}, {sides[1]}; draw the mask on the image itself"
         )
+    # Masks may hold labels such as 1 and 2. With 0 and 255, a scaled pixel at an outline is lung from one half on.
     white = np.where(lungs > 0, 255, 0).astype(np.uint8)
     return draw_on_canvas(white, size, crop) > 127

@@ -1,1 +1,1 @@
-"""Staged backbones, freezing, heads, losses and device transforms: torch and torchvision only."""
+"""Networks: stages, losses, pretrained weights, pixel transforms and inference, with torch and torchvision only."""

@@ -1,9 +1,9 @@
-"""ResNet and VGG as one chain of named stages that can be entered, left and frozen at any of them."""
+"""ResNet and VGG as a sequence of named stages, which can be frozen up to any of them."""
 
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,56 +11,62 @@ from torchvision import models
 
 from covid_cls.errors import InputError, listed
 
-RESNETS = ("resnet18", "resnet34", "resnet50")
-VGGS = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
 STRATEGIES = ("fc", "partial", "full")
+# The stages of a backbone by name, without its head, and the length of the feature vectors.
+Stages = tuple[dict[str, nn.Module], int]
+BuildStages = Callable[[str], Stages]
 
 
 class Staged(nn.Sequential):
-    """A network as a chain of named stages; the last two are `pool` (images to feature vectors) and `head`.
+    """A network as a sequence of named stages; the last two are `pool` (feature vectors) and `head` (logits).
 
-    Stage k of `run` counts from one: the input image is stage 0, `run(x, start=k)` takes the output of stage k.
-    The first `frozen` stages hold no trainable parameter and stay in eval mode whatever `train()` is told, so that
-    their batch norms neither use nor gather batch statistics.
+    Attributes:
+        frozen: Number of leading stages that are frozen: they have no trainable parameter and stay in eval mode after
+            `train()`, so that their batch norms neither use nor update batch statistics.
     """
 
     frozen: int = 0
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """The output of stage `stop` (default: the logits) for an `x` that is the output of stage `start`."""
+        """Return the output of stage number `stop` for the output `x` of stage number `start`.
+
+        Stages are numbered from 1, and 0 is the image: by default, images (N, 1, H, W) become logits (N, C).
+        """
         for stage in list(self.children())[start:stop]:
             x = stage(x)
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, classes) of normalised grey images (N, 1, H, W)."""
+        """Return logits (N, C) of normalised grey images (N, 1, H, W)."""
         return self.run(x)
 
     @property
     def stage_names(self) -> tuple[str, ...]:
-        """The stages in the order in which an image passes them."""
+        """Return the names of all stages in order, ending in "pool" and "head"."""
         return tuple(name for name, _ in self.named_children())
 
     @property
     def frozen_names(self) -> tuple[str, ...]:
-        """The stages that training leaves bit-identical, buffers included."""
+        """Return the stages whose parameters and buffers stay bit-identical in training."""
         return self.stage_names[: self.frozen]
 
     @property
     def entry(self) -> int:
-        """How many leading stages hold nothing that is trained: frozen ones, and a `pool` that follows them."""
+        """Return the number of leading stages without trainable parameters, including a `pool` behind frozen ones."""
         stages = list(self.children())
         return next(k for k, stage in enumerate(stages) if any(p.requires_grad for p in stage.parameters()))
 
     def freeze(self, until: str | None) -> None:
-        """Freeze every stage up to and including `until`; None frees them all."""
+        """Freeze every stage up to and including `until`, and unfreeze the others; None unfreezes all."""
         self.frozen = 0 if until is None else self.stage_names.index(until) + 1
         for position, stage in enumerate(self.children()):
             stage.requires_grad_(position >= self.frozen)
+        # Newly frozen stages go to eval mode now, and not at the next epoch.
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Staged":
-        """The network in training mode, frozen stages excepted."""
+        """Set the training mode of all stages that are not frozen."""
+        # Lightning calls train() on the complete network in every epoch.
         super().train(mode)
         for stage in list(self.children())[: self.frozen]:
             stage.eval()
@@ -69,7 +75,11 @@ class Staged(nn.Sequential):
 
 @dataclass(frozen=True)
 class StageReport:
-    """One line of the freeze report. norm: "none", "frozen" (stored statistics) or "batch" (batch statistics)."""
+    """One line of the freeze report.
+
+    Attributes:
+        norm: "none", "frozen" (batch norms with stored statistics) or "batch" (with batch statistics).
+    """
 
     stage: str
     parameters: int
@@ -77,110 +87,141 @@ class StageReport:
     norm: str
 
 
-class Family(NamedTuple):
-    """Backbones that are cut into stages in one way; docs/your-backbone.md adds one.
+class Backbone(NamedTuple):
+    """How a network of torchvision is divided into stages; see `register_backbone`."""
 
-    names: as torchvision knows them. stages: for a name, the stages in order, randomly initialised, the last of them
-    `pool`, and the length of the feature vectors that it makes; the first layer takes one channel. torchvision_name:
-    what torchvision calls the tensor that such a network calls so. classifier: torchvision's name of what follows the
-    pool, which our head replaces.
-    """
-
-    names: tuple[str, ...]
-    stages: Callable[[str], tuple[dict[str, nn.Module], int]]
+    stages: BuildStages
     torchvision_name: Callable[[str], str]
     classifier: str
 
 
-def family_of(backbone: str) -> Family:
-    """The family that has `backbone`. InputError where none has."""
-    for family in FAMILIES.values():
-        if backbone in family.names:
-            return family
-    known = [name for family in FAMILIES.values() for name in family.names]
-    raise InputError(f"backbone.name={backbone}: unknown; one of {listed(known, 20)}")
+BACKBONES: dict[str, Backbone] = {}
+
+
+def register_backbone(
+    *names: str, classifier: str, torchvision_name: Callable[[str], str]
+) -> Callable[[BuildStages], BuildStages]:
+    """Return a decorator for a function that builds the stages of a backbone; see docs/your-backbone.md.
+
+    The function takes the backbone's name and returns its randomly initialised stages in order, the last of them
+    `pool`, and the length of the feature vectors. Its first convolution takes one channel.
+
+    Args:
+        names: Values of `backbone.name` that the function serves, named as in torchvision.
+        classifier: torchvision's name of the layers after the pooling, which our head replaces.
+        torchvision_name: Maps the name of a tensor in the stages to its name in torchvision's network.
+    """
+
+    def register(stages: BuildStages) -> BuildStages:
+        BACKBONES.update(dict.fromkeys(names, Backbone(stages, torchvision_name, classifier)))
+        return stages
+
+    return register
 
 
 def build_network(backbone: str, classes: int, hidden: int | None = 150, dropout: float = 0.5) -> Staged:
-    """A randomly initialised `Staged` network for one grey channel; torchvision's initialisation, our head.
+    """Return a randomly initialised network for one grey channel.
 
-    The first convolution's three filters are summed, which is exact for grey input when all channels share one mean
-    and standard deviation. ResNets pool to 1x1, VGGs to 7x7 (25,088 features).
+    Args:
+        backbone: A name in `BACKBONES`.
+        classes: Number of logits.
+        hidden: Units of the head's hidden layer; None for a linear head.
+        dropout: Dropout probability after the hidden layer.
+
+    Raises:
+        InputError: The backbone is unknown.
     """
-    stages, features = family_of(backbone).stages(backbone)
-    return Staged(OrderedDict([*stages.items(), ("head", _head(features, classes, hidden, dropout))]))
+    if backbone not in BACKBONES:
+        raise InputError(f"backbone.name={backbone}: unknown; choose one of {listed(list(BACKBONES), 20)}")
+    stages, features = BACKBONES[backbone].stages(backbone)
+    if hidden is None:
+        head = OrderedDict[str, nn.Module](out=nn.Linear(features, classes))
+    else:
+        head = OrderedDict[str, nn.Module](
+            hidden=nn.Linear(features, hidden),
+            relu=nn.ReLU(inplace=True),
+            dropout=nn.Dropout(dropout),
+            out=nn.Linear(hidden, classes),
+        )
+    return Staged(OrderedDict({**stages, "head": nn.Sequential(head)}))
 
 
-def freeze_depth(network: Staged, strategy: str, freeze_until: str | None = None) -> str | None:
-    """The last stage that `strategy` freezes, None for none.
+def apply_strategy(network: Staged, /, name: str, freeze_until: str | None = None) -> None:
+    """Freeze the stages of `network` that a strategy does not train; unfreeze the others.
 
-    "fc" trains the head alone, "partial" the last convolutional stage as well, "full" everything; a `freeze_until`
-    that names a stage goes before the strategy. InputError for an unknown strategy or stage.
+    Args:
+        network: A network whose last two stages are `pool` and `head`.
+        name: "fc" trains the head, "partial" also the last stage before `pool`, "full" trains everything.
+        freeze_until: The last stage to freeze; if given, it decides instead of `name`.
+
+    Raises:
+        InputError: The strategy is unknown, or the backbone has no such stage.
     """
-    stages = [name for name in network.stage_names if name not in ("pool", "head")]
+    stages = network.stage_names[:-2]
+    last_frozen = {"fc": stages[-1], "partial": stages[-2], "full": None}
     if freeze_until is not None:
         if freeze_until not in stages:
             raise InputError(f"strategy.freeze_until={freeze_until}: no such stage; this backbone has {listed(stages)}")
-        return freeze_until
-    if strategy not in STRATEGIES:
-        raise InputError(f"strategy.name={strategy}: unknown; one of {listed(STRATEGIES)} (or strategy.freeze_until)")
-    return {"fc": stages[-1], "partial": stages[-2], "full": None}[strategy]
+        network.freeze(freeze_until)
+    elif name not in last_frozen:
+        raise InputError(
+            f"strategy.name={name}: unknown; choose one of {listed(STRATEGIES)} (or strategy.freeze_until)"
+        )
+    else:
+        network.freeze(last_frozen[name])
 
 
 def freeze_report(network: Staged) -> list[StageReport]:
-    """One `StageReport` per stage that holds parameters, in order."""
+    """Return one `StageReport` per stage that has parameters, in order."""
     lines = []
     for name, stage in network.named_children():
         sizes = [(p.numel(), p.requires_grad) for p in stage.parameters()]
-        if not sizes:
-            continue
-        norms = [m for m in stage.modules() if isinstance(m, nn.BatchNorm2d)]
-        norm = "none" if not norms else "frozen" if name in network.frozen_names else "batch"
-        lines.append(StageReport(name, sum(n for n, _ in sizes), sum(n for n, free in sizes if free), norm))
+        if sizes:
+            normalised = any(isinstance(module, nn.BatchNorm2d) for module in stage.modules())
+            norm = "none" if not normalised else "frozen" if name in network.frozen_names else "batch"
+            lines.append(StageReport(name, sum(n for n, _ in sizes), sum(n for n, free in sizes if free), norm))
     return lines
 
 
 def grey_convolution(convolution: nn.Conv2d) -> nn.Conv2d:
-    """A one-channel convolution that does to grey what `convolution` does to three equal channels."""
-    grey = nn.Conv2d(
-        1,
-        convolution.out_channels,
-        kernel_size=convolution.kernel_size,  # type: ignore[arg-type]  # torch types it as a tuple of any length
-        stride=convolution.stride,  # type: ignore[arg-type]
-        padding=convolution.padding,  # type: ignore[arg-type]
-        bias=convolution.bias is not None,
-    )
-    with torch.no_grad():
-        grey.weight.copy_(convolution.weight.sum(dim=1, keepdim=True))
-        if grey.bias is not None and convolution.bias is not None:
-            grey.bias.copy_(convolution.bias)
+    """Return a one-channel convolution that gives for grey images what `convolution` gives for three equal channels.
+
+    Its filters are the sums of the three filters. With inputs normalised by one mean and standard deviation for all
+    channels this is exact.
+    """
+    layout: Any = {key: getattr(convolution, key) for key in ("out_channels", "kernel_size", "stride", "padding")}
+    grey = nn.Conv2d(1, bias=convolution.bias is not None, **layout)
+    # The initial weights drawn here are overwritten, but the head is initialised with the random numbers after them: a
+    # construction without initialisation would change the results of every seed.
+    tensors = convolution.state_dict()
+    grey.load_state_dict({**tensors, "weight": tensors["weight"].sum(dim=1, keepdim=True)})
     return grey
 
 
-def _resnet_stages(backbone: str) -> tuple[dict[str, nn.Module], int]:
-    whole = models.get_model(backbone, weights=None)
-    stem = nn.Sequential(
-        OrderedDict(conv1=grey_convolution(whole.conv1), bn1=whole.bn1, relu=whole.relu, maxpool=whole.maxpool)
+@register_backbone(
+    "resnet18", "resnet34", "resnet50", classifier="fc", torchvision_name=lambda name: name.removeprefix("stem.")
+)
+def _resnet_stages(backbone: str) -> Stages:
+    """Return a stem, layer1 to layer4, and average pooling to 1 x 1."""
+    network = models.get_model(backbone, weights=None)
+    # Layers keep torchvision's names, so that `torchvision_name` is a one-line function.
+    stem = OrderedDict(
+        conv1=grey_convolution(network.conv1), bn1=network.bn1, relu=network.relu, maxpool=network.maxpool
     )
-    layers: dict[str, nn.Module] = {f"layer{k}": getattr(whole, f"layer{k}") for k in range(1, 5)}
+    layers = {f"layer{k}": getattr(network, f"layer{k}") for k in range(1, 5)}
     pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return {"stem": stem, **layers, "pool": pool}, whole.fc.in_features
+    return {"stem": nn.Sequential(stem), **layers, "pool": pool}, network.fc.in_features
 
 
-def _vgg_stages(backbone: str) -> tuple[dict[str, nn.Module], int]:
-    """block1 to block5, each up to and including its max-pooling; layers keep torchvision's numbers."""
-    stages: dict[str, nn.Module] = {}
-    block: OrderedDict[str, nn.Module] = OrderedDict()
-    for number, layer in enumerate(_vgg_features(backbone)):
-        block[str(number)] = grey_convolution(layer) if number == 0 and isinstance(layer, nn.Conv2d) else layer
-        if isinstance(layer, nn.MaxPool2d):
-            stages[f"block{len(stages) + 1}"] = nn.Sequential(block)
-            block = OrderedDict()
-    return {**stages, "pool": nn.Sequential(nn.AdaptiveAvgPool2d(7), nn.Flatten())}, 512 * 7 * 7
-
-
-def _vgg_features(backbone: str) -> nn.Sequential:
-    """The convolutional part with torchvision's initialisation, without its classifier of 120 million parameters."""
+@register_backbone(
+    *(f"vgg{depth}{norm}" for norm in ("", "_bn") for depth in (11, 13, 16, 19)),
+    classifier="classifier",
+    torchvision_name=lambda name: f"features.{name.partition('.')[2]}",
+)
+def _vgg_stages(backbone: str) -> Stages:
+    """Return block1 to block5, each up to and including its max-pooling, and average pooling to 7 x 7."""
+    # VGG's classifier has 120 million parameters that our head replaces: on the "meta" device they are never allocated.
+    # The convolutional part is then initialised here as torchvision does it.
     with torch.device("meta"):
         features: nn.Sequential = models.get_model(backbone, weights=None).features
     features.to_empty(device="cpu")
@@ -190,24 +231,13 @@ def _vgg_features(backbone: str) -> nn.Sequential:
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # VGG's convolutions have one
         elif isinstance(layer, nn.BatchNorm2d):
             layer.reset_parameters()
-    return features
-
-
-def _head(features: int, classes: int, hidden: int | None, dropout: float) -> nn.Sequential:
-    if hidden is None:
-        return nn.Sequential(OrderedDict(out=nn.Linear(features, classes)))
-    return nn.Sequential(
-        OrderedDict(
-            hidden=nn.Linear(features, hidden),
-            relu=nn.ReLU(inplace=True),
-            dropout=nn.Dropout(dropout),
-            out=nn.Linear(hidden, classes),
-        )
-    )
-
-
-FAMILIES = {
-    "resnet": Family(RESNETS, _resnet_stages, lambda name: name.removeprefix("stem."), "fc"),
-    "vgg": Family(VGGS, _vgg_stages, lambda name: f"features.{name.partition('.')[2]}", "classifier"),
-}
-BACKBONES = tuple(name for family in FAMILIES.values() for name in family.names)
+    # Only now the first convolution is replaced: it draws random numbers, see `grey_convolution`.
+    stages: dict[str, nn.Module] = {}
+    block: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, layer in enumerate(features):
+        # Here, torchvision's name of a layer is its number.
+        block[str(number)] = grey_convolution(layer) if number == 0 and isinstance(layer, nn.Conv2d) else layer
+        if isinstance(layer, nn.MaxPool2d):
+            stages[f"block{len(stages) + 1}"] = nn.Sequential(block)
+            block = OrderedDict()
+    return {**stages, "pool": nn.Sequential(nn.AdaptiveAvgPool2d(7), nn.Flatten())}, 512 * 7 * 7

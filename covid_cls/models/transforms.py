@@ -1,4 +1,4 @@
-"""What happens to pixels on the device: random views for training, one fixed view for evaluation."""
+"""Pixel operations on the device: random views for training, and one fixed view for evaluation."""
 
 import math
 
@@ -12,18 +12,28 @@ from torch import Tensor, nn
 from covid_cls.errors import InputError
 
 VIEWS = ("whole", "border", "centre", "lungs_blurred")
-_FRAME = 3 / 32  # of the side: the six pixels of a 64-pixel thumbnail that the frame probe of audits reads
+# The largest value of each setting of `Augment`; the smallest is 0.
+_LIMITS = {"rotation": 45, "shift": 0.5, "scale": 0.5, "mirror": 1, "contrast": 1}
+# Width of the frame of seen=border: the six pixels of a 64-pixel thumbnail that the audit's frame baseline reads.
+_FRAME = 3 / 32
 
 
 class Augment(nn.Module):
-    """Random views of canvases: one affine resampling per image, then contrast.
+    """Random views of canvases: one affine resampling per image, then a change of contrast.
 
-    rotation: degrees, drawn from ±rotation. shift: share of the crop's side, each axis. scale: the image is drawn
-    1 ± scale times as large. mirror: probability of swapping left and right (a heart has a side: this makes an
-    anatomy that hardly exists). contrast: factor 1 ± contrast about mid-grey. All zero: no augmentation.
+    The view of an image depends on (seed, epoch, index) alone, so that results do not depend on workers, on the other
+    images of the batch, on the device or on a resumed training.
 
-    An image's draw depends on (seed, epoch, index) alone, so results do not depend on workers, on the rest of the
-    batch, on the device or on a resume.
+    Args:
+        name: Of the option in conf/augment.
+        rotation: Largest angle in degrees, in both directions.
+        shift: Largest displacement along each axis, as a share of the crop's side.
+        scale: Images are enlarged by a factor in [1 - scale, 1 + scale].
+        mirror: Probability of exchanging left and right, which puts the heart on the side where it hardly ever is.
+        contrast: Grey levels are stretched about mid-grey by a factor in [1 - contrast, 1 + contrast].
+
+    Raises:
+        InputError: A value is out of range.
     """
 
     def __init__(
@@ -36,44 +46,34 @@ class Augment(nn.Module):
         contrast: float = 0.0,
     ) -> None:
         super().__init__()
-        for key, value, low, high in (
-            ("rotation", rotation, 0, 45),
-            ("shift", shift, 0, 0.5),
-            ("scale", scale, 0, 0.5),
-            ("mirror", mirror, 0, 1),
-            ("contrast", contrast, 0, 1),
-        ):
-            if not low <= value <= high:
-                raise InputError(f"augment.{key}={value}: must lie in [{low}, {high}]")
-        self.name = name
-        self.rotation, self.shift, self.scale = rotation, shift, scale
-        self.mirror, self.contrast = mirror, contrast
+        self.name, self.rotation, self.shift = name, rotation, shift
+        self.scale, self.mirror, self.contrast = scale, mirror, contrast
+        for key, limit in _LIMITS.items():
+            if not 0 <= getattr(self, key) <= limit:
+                raise InputError(f"augment.{key}={getattr(self, key)}: must lie between 0 and {limit}")
         self._drawn: tuple[int, int, NDArray[np.float64]] | None = None
 
     @property
     def random(self) -> bool:
-        """Whether two views of one image can differ."""
-        return any((self.rotation, self.shift, self.scale, self.mirror, self.contrast))
+        """Return whether two views of one image can differ."""
+        return any(getattr(self, key) for key in _LIMITS)
 
     def canvas(self, crop: int) -> int:
-        """The side in pixels of a square that holds all that a view of side `crop` can show.
-
-        A multiple of four above `crop`'s own remainder, so that the centre crop of the canvas is to the pixel the
-        centre crop of the image.
-        """
+        """Return the side in pixels of a canvas that holds everything that a view of side `crop` can show."""
         angle = math.radians(self.rotation)
         reach = crop * ((math.cos(angle) + math.sin(angle)) / (1 - self.scale) + 2 * self.shift)
         margin = math.ceil(reach - crop - 1e-9)
+        # With a margin that is a multiple of four, the centre crops of canvas and image have the same pixels.
         return crop + 4 * math.ceil(margin / 4)
 
     def forward(self, canvas: Tensor, index: Tensor, crop: int, seed: int, epoch: int) -> Tensor:
-        """Views float32 (N, 1, crop, crop) in [0, 1] of uint8 canvases (N, 1, S, S); outside the canvas is black.
+        """Return views float32 (N, 1, crop, crop) in [0, 1] of uint8 canvases (N, 1, S, S).
 
-        One bilinear resampling: image by image on a CPU, to the nearest of 256 grey levels (a fifth of the time of a
-        batched grid_sample there), the whole batch at once on a GPU.
+        Everything outside a canvas is black. On a CPU the result is rounded to 256 grey levels.
         """
         draws = torch.from_numpy(self._uniforms(seed, epoch, index)).float()
         matrices = self._matrices(draws, crop, canvas.shape[-1])
+        # Image by image in OpenCV takes a fifth of the time of a batched grid_sample on a CPU.
         if canvas.device.type == "cpu":
             view = _warp_each(canvas, matrices, crop)
         else:
@@ -85,16 +85,16 @@ class Augment(nn.Module):
         return view
 
     def _uniforms(self, seed: int, epoch: int, index: Tensor) -> NDArray[np.float64]:
-        """Six numbers in [0, 1) per image; row i of an epoch's table is the same however long the table is."""
+        """Return six numbers in [0, 1) per image: rotation, shift x, shift y, scale, mirror and contrast."""
         rows = index.cpu().numpy()
         need = int(rows.max()) + 1
+        # One table per epoch, kept for its other batches. A longer table begins with the same rows as a shorter one.
         if self._drawn is None or self._drawn[:2] != (seed, epoch) or len(self._drawn[2]) < need:
             self._drawn = (seed, epoch, np.random.default_rng([seed, epoch]).random((2 * need, 6)))
-        table = self._drawn[2]
-        return np.asarray(table[rows])
+        return np.asarray(self._drawn[2][rows])
 
     def _matrices(self, draws: Tensor, crop: int, canvas: int) -> Tensor:
-        """(N, 2, 3): from a view's coordinates in [-1, 1] to the canvas's."""
+        """Return (N, 2, 3) matrices from coordinates of the view to those of the canvas, both in [-1, 1]."""
         signed = 2 * draws - 1
         angle = signed[:, 0] * math.radians(self.rotation)
         side = torch.where(draws[:, 4] < self.mirror, -1.0, 1.0)
@@ -107,9 +107,8 @@ class Augment(nn.Module):
 
 
 def _warp_each(canvas: Tensor, matrices: Tensor, crop: int) -> Tensor:
-    """Float32 views (N, 1, crop, crop) in [0, 1] of uint8 canvases by (N, 2, 3) `matrices` between [-1, 1] squares."""
     side = canvas.shape[-1]
-    # From the pixel numbers of a view to those of its canvas: pixel i of n has its centre at (2 i + 1) / n - 1.
+    # From pixel numbers of a view to those of its canvas: pixel i of n has its centre at (2 i + 1) / n - 1.
     turn = matrices[:, :, :2].double().numpy() * (side / crop)
     middle = side / 2 * (1 + matrices[:, :, 2].double().numpy()) - 0.5
     shift = middle - turn.sum(axis=2) * (crop - 1) / 2
@@ -121,14 +120,19 @@ def _warp_each(canvas: Tensor, matrices: Tensor, crop: int) -> Tensor:
 
 
 class Preprocess(nn.Module):
-    """Normalised network input from canvases; part of what a checkpoint promises.
+    """Normalised network input from canvases; a checkpoint stores its settings.
 
-    size: the short side in pixels to which images were scaled; crop: the side of the square the network sees;
-    mean, sd: of grey levels in [0, 1], one pair for all channels of the pretrained network.
+    Args:
+        size: Short side in pixels to which images are scaled.
+        crop: Side of the square that the network sees.
+        mean: Of grey levels in [0, 1]; one value for all channels of the pretrained network.
+        sd: Standard deviation, as `mean`.
+        seen: What the network sees of a view: "whole" is all of it. The others show how much of a score can come from
+            outside the lungs: "border" is a frame of 3/32 of the side with black inside it, "centre" is the rest, and
+            "lungs_blurred" blurs two ellipses where a frontal radiograph has its lungs, so that no opacity is visible.
 
-    seen: "whole", or what is left of the view to a network that is to show where scores can come from without the
-    lungs: "border", a frame of 3/32 of the side, inside it black; "centre", all but that frame; "lungs_blurred", two
-    upright ellipses where a frontal radiograph has its lungs, blurred until no opacity can be told.
+    Raises:
+        InputError: A value is out of range.
     """
 
     def __init__(
@@ -142,27 +146,28 @@ class Preprocess(nn.Module):
         if seen not in VIEWS:
             raise InputError(f"preprocess.seen={seen}: must be one of {', '.join(VIEWS)}")
         self.size, self.crop, self.mean, self.sd, self.seen = size, crop, mean, sd, seen
-        self._shown = _shown(seen, crop)
+        self._visible = _visible(seen, crop)
 
     def centre(self, canvas: Tensor) -> Tensor:
-        """The centre crop, float32 (N, 1, crop, crop) in [0, 1], of uint8 canvases (N, 1, S, S)."""
+        """Return the centre crop, float32 (N, 1, crop, crop) in [0, 1], of uint8 canvases (N, 1, S, S)."""
         start = (canvas.shape[-1] - self.crop) // 2
         return canvas[..., start : start + self.crop, start : start + self.crop] / 255
 
     def normalise(self, view: Tensor) -> Tensor:
-        """(view - mean) / sd, in place, of what is `seen` of a view in [0, 1]."""
-        if self._shown is not None:
-            shown = self._shown.to(view.device)
-            instead = _blurred(view) if self.seen == "lungs_blurred" else torch.zeros_like(view)
-            view.copy_(torch.lerp(instead, view, shown))
+        """Hide what is not `seen` of views in [0, 1], and return (view - mean) / sd; changes `view` in place."""
+        if self._visible is not None:
+            visible = self._visible.to(view.device)
+            hidden = _blurred(view) if self.seen == "lungs_blurred" else torch.zeros_like(view)
+            view.copy_(torch.lerp(hidden, view, visible))
         return view.sub_(self.mean).div_(self.sd)
 
 
-def _shown(seen: str, crop: int) -> Tensor | None:
-    """(crop, crop) in [0, 1]: how much of each pixel is left as it is; None: all of it."""
+def _visible(seen: str, crop: int) -> Tensor | None:
+    """Return the share of each pixel that stays visible, (crop, crop) in [0, 1]; None if all of them do."""
     if seen == "whole":
         return None
-    across = (2 * torch.arange(crop) + 1) / crop - 1  # pixel centres, from -1 to 1
+    # Pixel centres, from -1 to 1.
+    across = (2 * torch.arange(crop) + 1) / crop - 1
     x, y = across[None, :], across[:, None]
     if seen == "lungs_blurred":
         inside = [((x - side * 0.42) / 0.36) ** 2 + ((y + 0.05) / 0.72) ** 2 for side in (-1, 1)]
@@ -172,9 +177,8 @@ def _shown(seen: str, crop: int) -> Tensor | None:
 
 
 def _blurred(view: Tensor) -> Tensor:
-    """Views (N, 1, S, S) smoothed by three moving averages of an eighth of their side: a Gaussian of 0.06 S, nearly."""
+    """Return views (N, 1, S, S) after three moving averages of an eighth of the side: nearly a Gaussian of 0.06 S."""
     width = view.shape[-1] // 16 * 2 + 1
-    smooth = view
     for _ in range(3):
-        smooth = F.avg_pool2d(F.pad(smooth, [width // 2] * 4, mode="replicate"), width, stride=1)
-    return smooth
+        view = F.avg_pool2d(F.pad(view, [width // 2] * 4, mode="replicate"), width, stride=1)
+    return view

@@ -1,4 +1,4 @@
-"""Maps lie where the network looks, follow the papers' formulas, and leave the network as it was."""
+"""Maps mark what the network uses, follow the formulas of the papers, and do not change the network."""
 
 import copy
 
@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from covid_cls.attribution.maps import METHODS, grad_cam, last_convolution, occlusion
-from covid_cls.labels import TASKS
 from covid_cls.models.backbones import build_network
-from covid_cls.models.scorer import Scorer
+from covid_cls.models.inference import Scorer
 from covid_cls.models.transforms import Preprocess
+from covid_cls.tasks import TASKS
 from tests.attribution.toys import CORNER, SIDE, bright_corner, corner_scorer
 
 
@@ -27,7 +27,7 @@ def noise(n: int = 2, side: int = 72) -> Tensor:
 
 
 def by_hand(scorer: Scorer, canvases: Tensor, targets: Tensor, layer: torch.nn.Module) -> np.ndarray:
-    """Grad-CAM by a hook and a backward pass: weights are mean gradients (Selvaraju et al. 2017, equations 1 and 2)."""
+    """Compute Grad-CAM with a hook and a backward pass (Selvaraju et al. 2017, equations 1 and 2)."""
     net = copy.deepcopy(scorer.net)
     names = {module: name for name, module in scorer.net.named_modules()}
     kept: list[Tensor] = []
@@ -40,11 +40,12 @@ def by_hand(scorer: Scorer, canvases: Tensor, targets: Tensor, layer: torch.nn.M
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_maps_lie_where_the_network_looks(method: str) -> None:
+def test_maps_mark_the_place_that_the_network_uses(method: str) -> None:
     maps = METHODS[method](corner_scorer(), bright_corner(), torch.tensor([0, 0]))
     assert maps.shape == (2, SIDE, SIDE)
     assert maps.dtype == np.float32
-    reach = CORNER if method == "grad_cam" else CORNER + SIDE // 7  # a square that touches the corner
+    # Occlusion also marks squares that touch the corner.
+    reach = CORNER if method == "grad_cam" else CORNER + SIDE // 7
     for heat in maps:
         assert heat.max() == 1
         assert heat.min() == 0
@@ -54,14 +55,14 @@ def test_maps_lie_where_the_network_looks(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_map_without_a_place_that_speaks_for_the_class_stays_zero(method: str) -> None:
+def test_a_map_without_evidence_for_the_class_stays_zero(method: str) -> None:
     assert METHODS[method](corner_scorer(), bright_corner(), torch.tensor([1, 1])).max() == 0
 
 
 @pytest.mark.parametrize(
     ("backbone", "layer"), [("resnet18", "layer4"), ("vgg11", "block5.19"), ("vgg11_bn", "block5.27")]
 )
-def test_grad_cam_is_the_papers_formula_at_the_last_convolution(backbone: str, layer: str) -> None:
+def test_grad_cam_follows_the_formula_of_the_paper_at_the_last_convolution(backbone: str, layer: str) -> None:
     network = scorer(backbone)
     module = network.net.get_submodule(layer)
     assert last_convolution(network.net) is module
@@ -72,20 +73,21 @@ def test_grad_cam_is_the_papers_formula_at_the_last_convolution(backbone: str, l
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "vgg11"])
-def test_occlusion_is_the_fall_of_the_logit_under_a_grey_square(backbone: str) -> None:
+def test_occlusion_is_the_decrease_of_the_logit_under_a_grey_square(backbone: str) -> None:
     network, canvases, side = scorer(backbone), noise(1), 32
     view = network.preprocess.centre(canvases)
     with torch.no_grad():
-        whole = network.net(network.preprocess.normalise(view.clone()))[0]
+        complete = network.net(network.preprocess.normalise(view.clone()))[0]
         total, times = torch.zeros(3, 64, 64), torch.zeros(64, 64)
         for top in (0, 16, 32):
             for left in (0, 16, 32):
                 hidden = view.clone()
                 hidden[..., top : top + side, left : left + side] = network.preprocess.mean
-                fall = whole - network.net(network.preprocess.normalise(hidden))[0]
+                fall = complete - network.net(network.preprocess.normalise(hidden))[0]
                 total[:, top : top + side, left : left + side] += fall[:, None, None]
                 times[top : top + side, left : left + side] += 1
-    target = int(total.amax(dim=(1, 2)).argmax())  # one that does not rise wherever the square lies
+    # A class whose logit decreases somewhere.
+    target = int(total.amax(dim=(1, 2)).argmax())
     maps = occlusion(network, canvases, torch.tensor([target]), patch=side)
     expected = (total[target] / times).clamp(min=0)
     np.testing.assert_allclose(maps[0], (expected / expected.max()).numpy(), atol=1e-3)
@@ -93,7 +95,7 @@ def test_occlusion_is_the_fall_of_the_logit_under_a_grey_square(backbone: str) -
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("backbone", ["resnet18", "vgg11_bn"])
-def test_the_network_is_left_as_it_was(method: str, backbone: str) -> None:
+def test_the_network_is_not_changed(method: str, backbone: str) -> None:
     network = scorer(backbone, crop=32)
     network.net.train()
     network.net.freeze("layer3" if backbone == "resnet18" else "block4")
@@ -120,11 +122,12 @@ def test_frozen_networks_and_callers_without_gradients_get_the_same_maps(method:
     np.testing.assert_array_equal(METHODS[method](network, canvases, targets), free)
     with torch.no_grad():
         np.testing.assert_array_equal(METHODS[method](network, canvases, targets), free)
-    with torch.inference_mode():  # as in Lightning's validation
+    # As in Lightning's validation.
+    with torch.inference_mode():
         np.testing.assert_array_equal(METHODS[method](network, canvases.clone(), targets), free)
 
 
-def test_dropout_does_not_touch_a_map() -> None:
+def test_dropout_does_not_affect_a_map() -> None:
     network, canvases, targets = scorer("resnet18"), noise(), torch.tensor([0, 1])
     expected = grad_cam(network, canvases, targets)
     network.train()

@@ -1,4 +1,4 @@
-"""Masks are found and checked as images are, and pass through the same scaling."""
+"""Masks are found, checked and scaled as images are."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 from covid_cls.attribution.masks import mask_files, read_mask
 from covid_cls.data.manifest import read_manifest
-from covid_cls.data.phantom import build_phantoms
+from covid_cls.data.phantoms import build_phantoms
 from covid_cls.data.readers import read_image
 from covid_cls.data.store import draw_on_canvas
 from covid_cls.errors import InputError
@@ -22,13 +22,14 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
-    """Two images with a mask for the first one; the masks lie in a folder of their own."""
+    """Write two images, the first one with a mask in a separate folder."""
     rng = np.random.default_rng(0)
     (tmp_path / "set" / "masks").mkdir(parents=True)
     for name in ("a.png", "b.png"):
         Image.fromarray(rng.integers(0, 256, (60, 80), dtype=np.uint8)).save(tmp_path / "set" / name)
     mask = np.zeros((60, 80), np.uint8)
-    mask[10:50, 20:40] = 1  # labels, not brightness: right lung 1, left lung 2
+    # Labels instead of brightness: 1 is the right lung and 2 the left one.
+    mask[10:50, 20:40] = 1
     mask[10:50, 45:60] = 2
     Image.fromarray(mask).save(tmp_path / "set" / "masks" / "a.png")
     Image.fromarray(mask).save(tmp_path / "outside.png")
@@ -51,16 +52,16 @@ def test_a_table_without_the_column_has_no_masks(manifest: Path) -> None:
     [
         ("masks/none.png", "line 3: masks/none.png is missing"),
         ("../outside.png", "line 3: ../outside.png leaves the manifest's folder"),
-        ("masks", "line 3: masks is no regular file"),
+        ("masks", "line 3: masks is not a regular file"),
     ],
 )
-def test_faults_name_the_line(manifest: Path, cell: str, fault: str) -> None:
+def test_messages_name_the_line(manifest: Path, cell: str, fault: str) -> None:
     manifest.write_text(f"path,label,mask\na.png,covid,masks/a.png\nb.png,normal,{cell}\n")
     with pytest.raises(InputError, match=fault):
         mask_files(read_manifest(manifest))
 
 
-def test_whatever_is_not_black_is_lung_and_is_scaled_as_the_image(manifest: Path) -> None:
+def test_pixels_that_are_not_black_are_lung_and_are_scaled_like_the_image(manifest: Path) -> None:
     root = manifest.parent
     lungs = read_mask(root / "masks" / "a.png", root / "a.png", size=60, crop=48)
     expected = np.zeros((60, 80), bool)
@@ -70,7 +71,7 @@ def test_whatever_is_not_black_is_lung_and_is_scaled_as_the_image(manifest: Path
     assert half.mean() == pytest.approx(expected[:, 10:70].mean(), abs=0.02)
 
 
-def test_masks_of_phantoms_lie_on_their_dark_lungs(phantoms: Path) -> None:
+def test_masks_of_phantoms_cover_their_dark_lungs(phantoms: Path) -> None:
     table = read_manifest(phantoms)
     for mask, file in zip(mask_files(table), map(Path, table["file"]), strict=True):
         assert mask is not None
@@ -93,7 +94,7 @@ def test_a_mask_of_another_size_or_that_cannot_be_read_is_refused(manifest: Path
         read_mask(root / "masks" / "black.png", root / "a.png", 60, 48)
 
 
-def test_an_image_in_a_subfolder_does_not_move_the_root(manifest: Path) -> None:
+def test_masks_of_images_in_subfolders_are_relative_to_the_manifest(manifest: Path) -> None:
     table = pd.DataFrame(
         {
             "mask": ["masks/a.png"],

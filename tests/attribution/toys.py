@@ -1,21 +1,22 @@
-"""Networks whose maps are known: what they look at was put there."""
+"""Small networks with known attribution maps."""
 
 from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
 
-from covid_cls.labels import TASKS
 from covid_cls.models.backbones import Staged
-from covid_cls.models.scorer import Scorer
+from covid_cls.models.inference import Scorer
 from covid_cls.models.transforms import Preprocess
+from covid_cls.tasks import TASKS
 
 SIDE = 64
-CORNER = 16  # pixels a side of the upper left corner
+# Side of the upper left corner in pixels.
+CORNER = 16
 
 
 class _Corner(nn.Module):
-    """Brightness above the mean grey, in the upper left corner alone."""
+    """A stage that gives the brightness above the mean grey in the upper left corner, and 0 elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +32,7 @@ class _Corner(nn.Module):
 
 
 class _Edges(nn.Module):
-    """Vertical edges by a fixed Sobel filter: nothing of it is a weight."""
+    """A stage without weights that finds vertical edges with a fixed Sobel filter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,33 +44,33 @@ class _Edges(nn.Module):
 
 
 class _Sign(nn.Module):
-    """Logits (feature, -feature), without a weight."""
+    """A head without weights whose logits are (feature, -feature)."""
 
     def forward(self, features: Tensor) -> Tensor:
         return torch.cat([features, -features], dim=1)
 
 
 def corner_scorer(gain: float = 400.0) -> Scorer:
-    """Class 0 is the brightness of the corner times `gain`; whatever lies elsewhere changes nothing."""
+    """Return a network whose logit of class 0 is `gain` times the brightness of the corner."""
     head = nn.Linear(1, 2, bias=False)
     head.weight = nn.Parameter(torch.tensor([[float(gain)], [-float(gain)]]))
     return _scorer(_Corner(), head)
 
 
 def edge_scorer() -> Scorer:
-    """A network whose every map is that of the edges in the image, whatever its weights: it has none."""
+    """Return a network without weights, whose maps always show the edges in the image."""
     return _scorer(_Edges(), _Sign())
 
 
 def bright_corner(n: int = 2) -> Tensor:
-    """Canvases (n, 1, SIDE, SIDE) of noise that is brighter than the mean grey."""
+    """Return canvases (n, 1, SIDE, SIDE) of noise that is brighter than the mean grey everywhere."""
     return torch.randint(160, 256, (n, 1, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def _scorer(look: nn.Module, head: nn.Module) -> Scorer:
     pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     net = Staged(OrderedDict(look=look, pool=pool, head=head))
-    # Scorer.device asks for a parameter, which the network of edges lacks: a batch norm's would be drawn anew.
+    # Scorer.device needs a parameter, which the network of edges lacks. `randomise` does not re-initialise this one.
     if not list(net.parameters()):
         net.register_parameter("unused", nn.Parameter(torch.zeros(1)))
     return Scorer(TASKS["binary"], net, Preprocess(size=SIDE, crop=SIDE, mean=0.5, sd=0.25)).eval()

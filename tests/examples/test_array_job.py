@@ -1,4 +1,4 @@
-"""The scripts of docs/hpc.md: an array whose tasks are one cell each, and a large run that goes back into the queue."""
+"""The scripts of docs/hpc.md: an array job with one run per task, and a large run that returns to the queue."""
 
 import os
 import re
@@ -12,7 +12,8 @@ from tests.conftest import ROOT, SMALL
 from tests.examples.documents import code_blocks
 
 LARGE, SCRIPT = code_blocks("hpc.md", "bash")
-RECORD = '#!/bin/sh\nprintf "%s\\n" "$*" >> started.txt\n'  # stands in for python
+# Replaces python and records its arguments.
+RECORD = '#!/bin/sh\nprintf "%s\\n" "$*" >> started.txt\n'
 
 
 def run_task(folder: Path, environment: dict[str, str], number: int, path: Path, *words: str) -> str:
@@ -23,7 +24,7 @@ def run_task(folder: Path, environment: dict[str, str], number: int, path: Path,
     return done.stdout
 
 
-def test_the_tasks_are_all_cells_and_none_twice(environment: dict[str, str], tmp_path: Path) -> None:
+def test_the_tasks_are_all_runs_of_the_grid_once(environment: dict[str, str], tmp_path: Path) -> None:
     found = re.search(r"--array=0-(\d+)", (ROOT / "docs" / "hpc.md").read_text(encoding="utf-8"))
     assert found is not None
     (tmp_path / "python").write_text(RECORD, encoding="utf-8")
@@ -42,15 +43,15 @@ def test_the_tasks_are_all_cells_and_none_twice(environment: dict[str, str], tmp
 
 
 @pytest.mark.slow(reason="a script of the documentation starts a training")
-def test_a_task_trains_its_cell(environment: dict[str, str], tmp_path: Path) -> None:
-    words = (*SMALL, "trainer.max_epochs=1", "backbone.weights=none", "probes=false")
+def test_a_task_trains_its_run(environment: dict[str, str], tmp_path: Path) -> None:
+    words = (*SMALL, "trainer.max_epochs=1", "backbone.weights=none", "baselines=false")
     run_task(tmp_path, environment, 10, Path(sys.executable).parent, *words)
-    (cell,) = (tmp_path / "outputs" / "my_sweep").iterdir()
-    assert cell.name.startswith("three_class-resnet18-partial-focal-s1-")
+    (run,) = (tmp_path / "outputs" / "my_sweep").iterdir()
+    assert run.name.startswith("three_class-resnet18-partial-focal-s1-")
 
 
 @pytest.mark.parametrize(("ended", "requeued"), [(0, False), (143, True), (1, False)])
-def test_a_large_run_goes_back_into_the_queue_when_it_was_warned(ended: int, requeued: bool, tmp_path: Path) -> None:
+def test_a_large_run_returns_to_the_queue_after_a_warning(ended: int, requeued: bool, tmp_path: Path) -> None:
     (tmp_path / "large.sh").write_text(LARGE, encoding="utf-8")
     for name, code in (("srun", ended), ("scontrol", 0)):
         (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >> started.txt\nexit {code}\n', encoding="utf-8")

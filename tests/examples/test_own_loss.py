@@ -1,75 +1,94 @@
-"""The patch of docs/your-loss.md applies, gives known values, and trains from the command line."""
+"""The loss of docs/your-loss.md has known values, and trains from its script and in a checkout."""
 
 import math
-import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from covid_cls.labels import TASKS
+from covid_cls.errors import InputError
+from covid_cls.models.losses import LOSSES, Loss, build_loss
+from covid_cls.runtime.schema import check_section
+from covid_cls.tasks import TASKS
 from tests.conftest import ROOT, SMALL
-from tests.examples.documents import code_blocks
+from tests.examples.documents import code_blocks, registered_part, stated_lines
+
+(SCRIPT,) = code_blocks("your-loss.md")
+(OPTION,) = code_blocks("your-loss.md", "yaml")
+WORDS = ("task=three_class", "loss=poly1", "strategy=fc", "backbone.weights=none", "trainer.max_epochs=1", *SMALL)
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the package and its configuration after what the document says was done to it."""
-    folder = tmp_path_factory.mktemp("checkout")
-    for name in ("covid_cls", "conf"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (patch,), (option,) = code_blocks("your-loss.md", "diff"), code_blocks("your-loss.md", "yaml")
-    (folder / "conf" / "loss" / "poly1.yaml").write_text(option, encoding="utf-8")
-    # Inside of a repository git would leave out what the patch changes in other folders, without a word.
-    env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
-    applied = subprocess.run(["git", "apply"], cwd=folder, env=env, input=patch, capture_output=True, text=True)
-    assert applied.returncode == 0, applied.stderr
-    return folder
+@pytest.fixture(scope="module", autouse=True)
+def registered_loss() -> Iterator[None]:
+    """Run the script as a module, which registers the loss and trains nothing."""
+    exec(compile(SCRIPT, "docs/your-loss.md", "exec"), {"__name__": "train_poly1"})
+    yield
+    del LOSSES["poly1"]
 
 
-@pytest.fixture(scope="module")
-def losses(checkout: Path) -> ModuleType:
-    """The patched module, beside the one that is installed."""
-    module = ModuleType("patched_losses")
-    source = (checkout / "covid_cls" / "models" / "losses.py").read_text(encoding="utf-8")
-    exec(compile(source, "losses.py", "exec"), module.__dict__)
-    return module
+def poly1(epsilon: float) -> Loss:
+    return build_loss({"name": "poly1", "epsilon": epsilon}, TASKS["three_class"], [3, 3, 3])
 
 
-def test_epsilon_zero_is_cross_entropy_and_one_adds_what_is_left_of_p(losses: ModuleType) -> None:
+def test_the_page_states_the_number_of_lines() -> None:
+    assert stated_lines("your-loss.md", registered_part(SCRIPT))
+    assert len(OPTION.splitlines()) == 2
+
+
+def test_the_loss_has_the_known_values() -> None:
     torch.manual_seed(0)
     logits, y = torch.randn(32, 3, dtype=torch.float64), torch.randint(0, 3, (32,))
-    torch.testing.assert_close(losses.poly1_loss(logits, y, 0.0), F.cross_entropy(logits.float(), y))
+    torch.testing.assert_close(poly1(0.0)(logits, y), F.cross_entropy(logits.float(), y))
     quarter = torch.tensor([[0.0, math.log(3.0)]])  # p = 0.25
-    assert losses.poly1_loss(quarter, torch.tensor([0]), 2.0).item() == pytest.approx(-math.log(0.25) + 2 * 0.75)
+    assert poly1(2.0)(quarter, torch.tensor([0])).item() == pytest.approx(-math.log(0.25) + 2 * 0.75)
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e2, 1e4])
-def test_value_and_gradient_are_finite(size: float, losses: ModuleType) -> None:
+def test_value_and_gradient_are_finite(size: float) -> None:
     logits = (size * torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0]])).requires_grad_()
-    loss = losses.poly1_loss(logits, torch.tensor([0, 0]), 1.0)
+    loss = poly1(1.0)(logits, torch.tensor([0, 0]))
     loss.backward()
     assert torch.isfinite(loss)
     assert logits.grad is not None
     assert torch.isfinite(logits.grad).all()
 
 
-def test_several_labels_are_refused(losses: ModuleType) -> None:
-    targets = TASKS["three_class_multilabel"].targets
-    with pytest.raises(Exception, match="no form for several labels"):
-        losses.Criterion("poly1", targets, [3, 3, 3], 9, multilabel=True, epsilon=1.0)
+def test_several_labels_per_image_are_refused() -> None:
+    with pytest.raises(InputError, match="not defined for several labels"):
+        build_loss({"name": "poly1"}, TASKS["three_class_multilabel"], [3, 3, 3])
 
 
-@pytest.mark.slow(reason="a changed copy of the package is imported in a process of its own")
-def test_it_trains_from_the_command_line(checkout: Path, environment: dict[str, str]) -> None:
-    words = ("task=three_class", "loss=poly1", "strategy=fc", "backbone.weights=none", "trainer.max_epochs=1", *SMALL)
-    command = [sys.executable, "-m", "covid_cls.train", *words]
-    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+def test_the_signature_is_the_schema() -> None:
+    check_section("loss", LOSSES, {"name": "poly1", "epsilon": 1.0})
+    with pytest.raises(InputError, match=r"loss\.gamma: no such setting; loss\.name=poly1 takes epsilon"):
+        check_section("loss", LOSSES, {"name": "poly1", "gamma": 1.0})
+
+
+def assert_trained(command: list[str], folder: Path, environment: dict[str, str]) -> None:
+    done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (cell,) = (checkout / "outputs" / "phantom").iterdir()
-    assert cell.name.startswith("three_class-resnet18-fc-poly1-s0-")
+    (run,) = (folder / "outputs" / "phantom").iterdir()
+    assert run.name.startswith("three_class-resnet18-fc-poly1-s0-")
+
+
+@pytest.mark.slow(reason="a script of the documentation starts a training")
+def test_the_script_trains_with_the_loss(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "train_poly1.py").write_text(SCRIPT, encoding="utf-8")
+    (tmp_path / "my_conf" / "loss").mkdir(parents=True)
+    (tmp_path / "my_conf" / "loss" / "poly1.yaml").write_text(OPTION, encoding="utf-8")
+    assert_trained(["train_poly1.py", "--config-dir", "my_conf", *WORDS], tmp_path, environment)
+
+
+@pytest.mark.slow(reason="a changed copy of the package is imported in a separate process")
+def test_a_checkout_with_the_loss_trains_from_the_command_line(environment: dict[str, str], tmp_path: Path) -> None:
+    for name in ("covid_cls", "conf"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "covid_cls" / "models" / "losses.py").open("a", encoding="utf-8") as file:
+        file.write("\n\n" + registered_part(SCRIPT))
+    (tmp_path / "conf" / "loss" / "poly1.yaml").write_text(OPTION, encoding="utf-8")
+    assert_trained(["-m", "covid_cls.train", *WORDS], tmp_path, environment)

@@ -1,4 +1,4 @@
-"""The error lines that docs/your-data.md shows are those that the faults bring forth."""
+"""The error messages in docs/your-data.md are those that the described faults cause."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ COUNTS = {"covid": 12, "normal": 12}
 
 
 def write_set(root: Path, counts: dict[str, int], column: str = "", first: str = "", rest: str = "") -> None:
-    """A manifest of noise images; `column` holds `first` in its first row and `rest` in the others."""
+    """Write noise images and their manifest, with `first` in the first row of `column` and `rest` in the others."""
     (root / "images").mkdir(parents=True)
     lines = [",".join(["path,label", *([column] if column else [])])]
     generator = np.random.default_rng(0)
@@ -78,7 +78,7 @@ FAULTS: list[Callable[[Path], None]] = [
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_document_shows_the_line_that_the_fault_brings(
+def test_the_page_shows_the_message_of_each_fault(
     fault: Callable[[Path], None], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -95,5 +95,5 @@ def test_the_document_shows_the_line_that_the_fault_brings(
     assert line in LINES.splitlines()
 
 
-def test_every_line_of_the_document_has_its_fault() -> None:
+def test_every_message_on_the_page_has_a_fault() -> None:
     assert len(LINES.splitlines()) == len(FAULTS)

@@ -1,4 +1,4 @@
-"""The frozen stages as one fast function: the same numbers, folded, and in half precision nearly the same."""
+"""The prefix gives the numbers of the frozen stages, and in half precision nearly the same."""
 
 import copy
 import shutil
@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from covid_cls.models.backbones import Staged, build_network, freeze_depth
-from covid_cls.models.prefix import Prefix
+from covid_cls.models.backbones import Staged, apply_strategy, build_network
+from covid_cls.models.inference import Prefix
 
 STRATEGIES = ("fc", "partial")
 
 
 def network(backbone: str, strategy: str) -> Staged:
-    """A network whose batch norms have gathered statistics of their own, frozen as `strategy` says."""
+    """Return a network with batch norm statistics as after training, frozen by `strategy`."""
     torch.manual_seed(0)
     built = build_network(backbone, 3)
     for module in built.modules():
@@ -23,7 +23,7 @@ def network(backbone: str, strategy: str) -> Staged:
             nn.init.uniform_(module.running_var, 0.5, 1.5)
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.2)
-    built.freeze(freeze_depth(built, strategy))
+    apply_strategy(built, strategy)
     return built
 
 
@@ -33,7 +33,7 @@ def images(n: int = 4, side: int = 64) -> torch.Tensor:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "vgg11", "vgg11_bn"])
-def test_it_computes_what_the_frozen_stages_compute(backbone: str, strategy: str) -> None:
+def test_a_prefix_computes_what_the_frozen_stages_compute(backbone: str, strategy: str) -> None:
     built = network(backbone, strategy).train()
     prefix = Prefix(built)
     with torch.no_grad():
@@ -42,11 +42,11 @@ def test_it_computes_what_the_frozen_stages_compute(backbone: str, strategy: str
 
 
 @pytest.mark.parametrize("backbone", ["resnet50", "vgg11_bn"])
-def test_no_batch_norm_is_left(backbone: str) -> None:
+def test_a_prefix_has_no_batch_norm(backbone: str) -> None:
     built = network(backbone, "fc")
     prefix = Prefix(built)
     assert not [m for m in prefix._part.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert [m for m in built.modules() if isinstance(m, nn.BatchNorm2d)], "the network itself must stay as it was"
+    assert [m for m in built.modules() if isinstance(m, nn.BatchNorm2d)], "the network itself must not change"
 
 
 @pytest.mark.parametrize(
@@ -58,16 +58,16 @@ def test_no_batch_norm_is_left(backbone: str) -> None:
         ("vgg11", "partial", "block4"),
     ],
 )
-def test_it_ends_where_training_begins(backbone: str, strategy: str, until: str) -> None:
+def test_a_prefix_ends_before_the_first_trained_stage(backbone: str, strategy: str, until: str) -> None:
     built = network(backbone, strategy)
     assert built.stage_names[Prefix(built).stop - 1] == until
 
 
-def test_a_network_without_frozen_stages_has_no_prefix() -> None:
+def test_without_frozen_stages_there_is_nothing_to_compute_ahead() -> None:
     assert network("resnet18", "full").entry == 0
 
 
-def test_it_neither_trains_nor_shows_in_a_state_dict() -> None:
+def test_a_prefix_is_neither_trained_nor_part_of_a_state_dict() -> None:
     built = network("resnet18", "fc")
     before = {name: tensor.clone() for name, tensor in built.state_dict().items()}
     holder = nn.Module()
@@ -77,10 +77,10 @@ def test_it_neither_trains_nor_shows_in_a_state_dict() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in built.state_dict().items())
 
 
-def test_its_digest_stands_for_the_weights_alone() -> None:
+def test_the_digest_depends_on_the_weights_of_the_frozen_stages_only() -> None:
     first, same = network("resnet18", "partial"), network("resnet18", "partial")
     with torch.no_grad():
-        same.get_submodule("head.out").weight.add_(1)  # behind the prefix
+        same.get_submodule("head.out").weight.add_(1)
     assert Prefix(first).digest == Prefix(same).digest == Prefix(first, dtype=torch.bfloat16).digest
     for name in ("stem.conv1.weight", "layer3.1.bn2.running_var"):
         other = copy.deepcopy(first)
@@ -90,7 +90,7 @@ def test_its_digest_stands_for_the_weights_alone() -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("backbone", ["resnet18", "vgg11"])
-def test_half_precision_stays_near_float32(backbone: str, strategy: str) -> None:
+def test_half_precision_is_close_to_float32(backbone: str, strategy: str) -> None:
     built = network(backbone, strategy).eval()
     wanted, found = Prefix(built)(images(64, 32)), Prefix(built, dtype=torch.bfloat16)(images(64, 32))
     assert found.dtype == torch.bfloat16
@@ -99,12 +99,14 @@ def test_half_precision_stays_near_float32(backbone: str, strategy: str) -> None
 
 @pytest.mark.slow(reason="inductor starts a C++ compiler")
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
-def test_the_compiled_form_computes_the_same() -> None:
+def test_a_compiled_prefix_computes_the_same() -> None:
     built = build_network("vgg11", 3)
-    built.freeze("block1")  # one convolution: compiling takes seconds, not a minute
+    # One convolution: compiling takes seconds instead of a minute.
+    built.freeze("block1")
     wanted, found = Prefix(built), Prefix(built, compiled=True)
     assert wanted.stop == 1
-    for n in (4, 3):  # a last batch is smaller
+    # The last batch of an epoch is smaller.
+    for n in (4, 3):
         torch.testing.assert_close(found(images(n)), wanted(images(n)), rtol=1e-4, atol=1e-4)
 
 
