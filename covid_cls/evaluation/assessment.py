@@ -1,11 +1,10 @@
-"""Everything an evaluation reports about one predictions table, as one plain record."""
+"""Everything that an evaluation reports about one predictions table, as one plain record."""
 
 import math
 import warnings
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from covid_cls.errors import InputError
@@ -17,21 +16,39 @@ from covid_cls.evaluation.calibration import (
     recalibration,
     reliability,
 )
-from covid_cls.evaluation.intervals import (
-    Interval,
-    degrees_of_freedom,
-    involved_patients,
-    resampled_interval,
-    score_intervals,
-)
-from covid_cls.evaluation.metrics import Floats, Indices, confusion, decide, overall_scores
-from covid_cls.evaluation.operating import PREVALENCES, decide_at, decision_curve, predictive_values
+from covid_cls.evaluation.intervals import Interval, patient_codes, patient_weights, score_intervals
+from covid_cls.evaluation.metrics import Floats, Indices, class_scores, confusion, decide, overall_scores
 from covid_cls.evaluation.predictions import truth_and_prob, without_nan
-from covid_cls.evaluation.resampling import patient_codes, patient_weights, weighted_scores
+from covid_cls.evaluation.thresholds import PREVALENCES, decide_at, decision_curve, predictive_values
 from covid_cls.evaluation.verdict import CONFOUNDED, source_association
-from covid_cls.labels import POSITIVE, Task
+from covid_cls.tasks import POSITIVE, Task
 
-_POINT = ("sensitivity", "specificity", "ppv", "npv")
+_RATES = ("sensitivity", "specificity", "ppv", "npv")
+
+
+def summarise(table: pd.DataFrame, task: Task) -> dict[str, Any]:
+    """Return the scores of a predictions table without intervals.
+
+    Returns:
+        A record for JSON with None for nan. Keys: n_images; n_patients, where an image without a patient_id counts as
+        a separate patient; n_per_class; overall; per_class; confusion with rows (truth) and columns (decision), both
+        class names, and counts.
+
+    Raises:
+        InputError: As in `truth_and_prob`.
+    """
+    truth, prob = truth_and_prob(table, task)
+    decided = decide(prob, task)
+    return without_nan(
+        {
+            "n_images": len(table),
+            "n_patients": _n_patients(table),
+            "n_per_class": _n_per_class(truth, task),
+            "overall": overall_scores(truth, prob, decided, task),
+            "per_class": class_scores(truth, prob, decided, task),
+            "confusion": _confusion(truth, decided, task),
+        }
+    )
 
 
 def assess(
@@ -43,98 +60,118 @@ def assess(
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, Any]:
-    """All figures of a predictions table, ready for JSON: an interval is value, low, high, method; None stands for nan.
+    """Return all scores of a predictions table with their intervals.
 
-    operating: what `fit_operating` made of the validation table, or None where there is none; then there are no
-    thresholds, and p(covid) is taken as it is. resamples, seed and level are those of the patient bootstrap.
+    The same arguments give the same record.
 
-    Keys: task, classes, positive, n_images, n_patients, n_per_class, settings; image and patient, each with overall,
-    per_class, confusion and operating_points (patient is None where every image is a patient of its own, and its units
-    are the mean logits over a patient's images of one label); baselines; calibration, before and after the
-    temperature; decision_curve; sources; source_association (Cramér's V); operating; notes. The same table and
-    arguments give the same record. InputError as in `truth_and_prob`.
+    Args:
+        table: The predictions.
+        task: Their task.
+        operating: The record of `fit_operating` for the validation table. None without validation; then there are
+            no thresholds, and p(covid) is not calibrated.
+        resamples: Number of patient resamples, at least 100.
+        seed: Their random seed.
+        level: Confidence level, between 0 and 1.
+
+    Returns:
+        A record for JSON with None for nan, in which an interval is value, low, high and method. Keys: task; classes;
+        positive; n_images; n_patients; n_per_class; settings; image and patient, each with n, overall, per_class,
+        confusion and operating_points, where patient is about the rows of `patient_units` and None if every image is of
+        another patient; baselines; calibration before and after the temperature; decision_curve; sources;
+        source_association; operating; notes.
+
+    Raises:
+        InputError: If the settings are out of range, `operating` is of another task, or as in `truth_and_prob`.
     """
-    check_draws(resamples, level)
+    check_bootstrap(resamples, level)
+    settings: dict[str, Any] = {"resamples": resamples, "seed": seed, "level": level}
     truth, _ = truth_and_prob(table, task)
-    draws: dict[str, Any] = {"resamples": resamples, "seed": seed, "level": level}
-    patients = patient_codes(table)
     notes = _notes(table, task, truth, operating)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        image = _level(table, task, operating, draws)
+        image = _scores(table, task, operating, settings)
     notes += list(dict.fromkeys(str(warning.message) for warning in caught))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said once, of the images
+        # Only the warnings about the images become notes; patients and sources would repeat them.
+        warnings.simplefilter("ignore")
         units = patient_units(table, task)
-        patient = _level(units, task, operating, draws) if len(units) < len(table) else None
-        sources = _sources(table, task, draws)
+        patient = _scores(units, task, operating, settings) if len(units) < len(table) else None
+        sources = _sources(table, task, settings)
         baselines = _baselines(truth, task, operating)
     temperature = operating["temperature"] if operating else 1.0
-    prob = calibrated(logits(table, task), temperature, task)
     covid = task.classes.index(POSITIVE)
-    record = {
-        "task": task.name,
-        "classes": list(task.classes),
-        "positive": POSITIVE,
-        "n_images": len(table),
-        "n_patients": len(np.unique(patients)),
-        "n_per_class": {name: int((truth == k).sum()) for k, name in enumerate(task.classes)},
-        "settings": draws,
-        "image": image,
-        "patient": patient,
-        "baselines": baselines,
-        "calibration": {
-            "temperature": operating["temperature"] if operating else None,
-            "before": _calibration(table, task, 1.0, seed, level),
-            "after": _calibration(table, task, temperature, seed, level) if operating else None,
-        },
-        "decision_curve": decision_curve(truth == covid, prob[:, covid]),
-        "sources": sources,
-        "source_association": source_association(table),
-        "operating": operating,
-        "notes": notes,
-    }
-    plain: dict[str, Any] = without_nan(record)
-    return plain
+    return without_nan(
+        {
+            "task": task.name,
+            "classes": list(task.classes),
+            "positive": POSITIVE,
+            "n_images": len(table),
+            "n_patients": _n_patients(table),
+            "n_per_class": _n_per_class(truth, task),
+            "settings": settings,
+            "image": image,
+            "patient": patient,
+            "baselines": baselines,
+            "calibration": {
+                "temperature": temperature if operating else None,
+                "before": _calibration(table, task, 1.0, seed, level),
+                "after": _calibration(table, task, temperature, seed, level) if operating else None,
+            },
+            "decision_curve": decision_curve(
+                truth == covid, calibrated(logits(table, task), temperature, task)[:, covid]
+            ),
+            "sources": sources,
+            "source_association": source_association(table),
+            "operating": operating,
+            "notes": notes,
+        }
+    )
 
 
-def check_draws(resamples: int, level: float) -> None:
-    """InputError where these resamples cannot give intervals of this level."""
+def check_bootstrap(resamples: int, level: float) -> None:
+    """Raise InputError if a number of resamples or a confidence level is out of range."""
     if resamples < 100 or not 0 < level < 1:
-        raise InputError(f"resamples={resamples} level={level}: at least 100 resamples, and a level between 0 and 1")
+        raise InputError(
+            f"resamples={resamples} level={level}: at least 100 resamples are needed, and a level between 0 and 1"
+        )
 
 
 def patient_units(table: pd.DataFrame, task: Task) -> pd.DataFrame:
-    """A predictions table with a row per patient and label: the mean logits of that patient's images of that label.
+    """Return a predictions table with one row per patient and label.
 
-    Its image_id is the patient's first image of that label; an image without a patient_id is a unit of its own.
+    Its logits are the mean over the patient's images of that label, and its image_id is the first of these. An image
+    without a patient_id remains a separate row.
     """
-    scores = [f"logit_{name}" for name in task.classes]
-    first = {name: "first" for name in table.columns if name not in scores}
+    names = [f"logit_{name}" for name in task.classes]
+    columns = {name: "mean" if name in names else "first" for name in table.columns}
     keys = [pd.Series(patient_codes(table), index=table.index), table["label"].rename("unit_label")]
-    units = table.groupby(keys, sort=False).agg(first | dict.fromkeys(scores, "mean")).reset_index(drop=True)
+    # By label too, because a patient can have images of several classes, for example before and after recovery.
+    units = table.groupby(keys, sort=False).agg(columns).reset_index(drop=True)
     prob = calibrated(logits(units, task), 1.0, task)
-    return units[table.columns].assign(**{f"prob_{name}": prob[:, k] for k, name in enumerate(task.classes)})
+    return units.assign(**{f"prob_{name}": prob[:, k] for k, name in enumerate(task.classes)})
 
 
-def _level(table: pd.DataFrame, task: Task, operating: dict[str, Any] | None, draws: dict[str, Any]) -> dict[str, Any]:
-    """The scores of one row per image or per patient, by the most probable class and at each threshold."""
+def _scores(
+    table: pd.DataFrame, task: Task, operating: dict[str, Any] | None, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the scores of one row per image or per patient, for the most probable class and for each threshold."""
     truth, prob = truth_and_prob(table, task)
-    scores = score_intervals(table, task, **draws)
-    points = {"decision": _point(scores, None)}
+    decided = decide(prob, task)
+    # Drawn once for all thresholds, so that their intervals are comparable.
+    weights = patient_weights(truth, patient_codes(table), settings["resamples"], settings["seed"])
+    level = settings["level"]
+    scores = score_intervals(table, task, weights=weights, level=level)
+    points = {"decision": _operating_point(scores, None)}
     if operating:
-        patients = patient_codes(table)
-        weights = patient_weights(truth, patients, draws["resamples"], draws["seed"])
-        rows = np.concatenate([np.ones_like(weights[:1]), weights])  # the first is the table as it is
         scaled = calibrated(logits(table, task), operating["temperature"], task)
+        names = [f"{POSITIVE}.{name}" for name in _RATES]
         for name, threshold in operating["thresholds"].items():
             if threshold is not None:
-                decided = decide_at(scaled, threshold, task)
-                points[name] = _point(_rates(truth, scaled, decided, task, patients, rows, draws["level"]), threshold)
-    counts = confusion(truth, decide(prob, task), len(task.classes))
-    per_class: dict[str, dict[str, Any]] = {
-        name: {"n": int(n)} for name, n in zip(task.classes, counts.sum(axis=1), strict=True)
-    }
+                called = decide_at(scaled, threshold, task)
+                # Only the rates of covid depend on the threshold; all scores would take ten times as long.
+                rates = score_intervals(table, task, decided=called, weights=weights, only=names, level=level)
+                points[name] = _operating_point(rates, threshold)
+    per_class: dict[str, dict[str, Any]] = {name: {"n": n} for name, n in _n_per_class(truth, task).items()}
     overall: dict[str, Any] = {}
     for name, interval in scores.items():
         label, _, score = name.rpartition(".")
@@ -143,61 +180,36 @@ def _level(table: pd.DataFrame, task: Task, operating: dict[str, Any] | None, dr
         "n": len(table),
         "overall": overall,
         "per_class": per_class,
-        "confusion": {"rows": list(task.classes), "columns": list(task.classes), "counts": counts.tolist()},
+        "confusion": _confusion(truth, decided, task),
         "operating_points": points,
     }
 
 
-def _rates(
-    truth: Indices,
-    prob: Floats,
-    decided: Indices,
-    task: Task,
-    patients: Indices,
-    rows: npt.NDArray[np.integer],
-    level: float,
-) -> dict[str, Interval]:
-    """The rates of covid among the scores that `score_intervals` gives for `decided`, at a tenth of the cost."""
-    drawn = weighted_scores(truth, prob, decided, task, rows, only=[f"{POSITIVE}.{name}" for name in _POINT])
-    df = degrees_of_freedom(truth, patients)
-    return {
-        name: resampled_interval(
-            name,
-            task,
-            float(values[0]),
-            values[1:],
-            n_patients=involved_patients(name, task, truth, decided, patients),
-            df=df,
-            level=level,
-        )
-        for name, values in drawn.items()
-    }
-
-
-def _point(scores: dict[str, Interval], threshold: float | None) -> dict[str, Any]:
-    """What a decision for covid is worth, here and at other prevalences; threshold None: the most probable class."""
-    chosen = {name: scores[f"{POSITIVE}.{name}"] for name in _POINT}
+def _operating_point(scores: dict[str, Interval], threshold: float | None) -> dict[str, Any]:
+    """Return the rates of decisions for covid, here and at other prevalences; None is for the most probable class."""
+    chosen = {name: scores[f"{POSITIVE}.{name}"] for name in _RATES}
     rates = chosen["sensitivity"].value, chosen["specificity"].value
-    elsewhere = [(share, *predictive_values(*rates, share)) for share in PREVALENCES]
+    elsewhere = [(prevalence, *predictive_values(*rates, prevalence)) for prevalence in PREVALENCES]
     return {
         "threshold": threshold,
         **{name: interval._asdict() for name, interval in chosen.items()},
-        "at_prevalence": [{"prevalence": share, "ppv": ppv, "npv": npv} for share, ppv, npv in elsewhere],
+        "at_prevalence": [{"prevalence": prevalence, "ppv": ppv, "npv": npv} for prevalence, ppv, npv in elsewhere],
     }
 
 
 def _calibration(table: pd.DataFrame, task: Task, temperature: float, seed: int, level: float) -> dict[str, Any]:
-    """Scores of probabilities and what a perfectly calibrated model's ECE would be on as many images."""
+    """Return the scores of probabilities at a temperature, next to those of a perfectly calibrated model."""
     truth, _ = truth_and_prob(table, task)
     logit = logits(table, task) / temperature
     prob = calibrated(logit, 1.0, task)
     covid = task.classes.index(POSITIVE)
     positive = truth == covid
     overall = overall_scores(truth, prob, decide(prob, task), task)
-    regression = recalibration(positive, covid_logit(logit, task), patient_codes(table), level)
     record: dict[str, Any] = {name: overall[name] for name in ("nll", "brier")}
-    if not task.multilabel:  # of the probability of the most probable class
+    # Sigmoids have no single most probable class, so a multilabel task has the error of p(covid) only.
+    if not task.multilabel:
         record["ece"] = calibration_error(prob.max(axis=1), prob.argmax(axis=1) == truth, seed=seed)._asdict()
+    regression = recalibration(positive, covid_logit(logit, task), patient_codes(table), level)
     return {
         **record,
         "covid_ece": calibration_error(prob[:, covid], positive, seed=seed)._asdict(),
@@ -206,19 +218,18 @@ def _calibration(table: pd.DataFrame, task: Task, temperature: float, seed: int,
     }
 
 
-def _sources(table: pd.DataFrame, task: Task, draws: dict[str, Any]) -> list[dict[str, Any]]:
-    """A block per source: its counts, whether all its images have one label, and the scores that exist for it."""
+def _sources(table: pd.DataFrame, task: Task, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return for each source its counts, whether all its images have one label, and the scores that are defined."""
     blocks = []
     for name, part in table.groupby(table["source"].fillna("").replace("", "unknown")):
-        scores = score_intervals(part, task, **draws)
-        counts = part["label"].value_counts().reindex(list(task.classes), fill_value=0)
+        scores = score_intervals(part, task, **settings)
         blocks.append(
             {
                 "source": str(name),
                 "n_images": len(part),
-                "n_patients": len(np.unique(patient_codes(part))),
-                "n_per_class": {label: int(n) for label, n in counts.items()},
-                "label_pure": int((counts > 0).sum()) == 1,
+                "n_patients": _n_patients(part),
+                "n_per_class": _n_per_class(truth_and_prob(part, task)[0], task),
+                "label_pure": part["label"].nunique() == 1,
                 "scores": {score: s._asdict() for score, s in scores.items() if not math.isnan(s.value)},
             }
         )
@@ -226,30 +237,26 @@ def _sources(table: pd.DataFrame, task: Task, draws: dict[str, Any]) -> list[dic
 
 
 def _baselines(truth: Indices, task: Task, operating: dict[str, Any] | None) -> dict[str, Any]:
-    """What needs no image: the class shares of validation (of these very images without one) as every answer.
+    """Return the scores of two models that use no image, only the class shares of validation.
 
-    constant: these shares as probabilities and the commonest class as the decision. random: the expected scores of
-    classes drawn by these shares.
+    Without validation the shares are those of these images. The constant model gives the shares as probabilities and
+    the most frequent class as its decision; the random one draws classes with these shares.
     """
-    targets = np.asarray(task.targets, dtype=np.float64)
     here = np.bincount(truth, minlength=len(task.classes)) / len(truth)
     counts = np.array(list(operating["n_per_class"].values()), dtype=np.float64) if operating else here
     shares = counts / counts.sum()
-    prob: Floats = np.tile(shares @ targets, (len(truth), 1))
+    prob: Floats = np.tile(shares @ np.asarray(task.targets, dtype=np.float64), (len(truth), 1))
     constant = overall_scores(truth, prob, np.full(len(truth), shares.argmax()), task)
     kept = ("accuracy", "balanced_accuracy", "nll", "brier")
     return {
         "shares_from": "validation" if operating else "these images",
         "constant": {"class": task.classes[int(shares.argmax())], **{name: constant[name] for name in kept}},
-        "random": {
-            "accuracy": float(here @ shares),
-            "balanced_accuracy": float(shares[here > 0].mean()),
-        },
+        "random": {"accuracy": float(here @ shares), "balanced_accuracy": float(shares[here > 0].mean())},
     }
 
 
 def _notes(table: pd.DataFrame, task: Task, truth: Indices, operating: dict[str, Any] | None) -> list[str]:
-    """What limits the figures, in sentences, the gravest first."""
+    """Return what limits the scores, in sentences, the most severe one first."""
     notes = []
     association = source_association(table)
     if association >= CONFOUNDED:
@@ -258,23 +265,41 @@ def _notes(table: pd.DataFrame, task: Task, truth: Indices, operating: dict[str,
             "not evidence of disease detection"
         )
     elif math.isnan(association):
-        notes.append("sources are not named or there is one label: whether a source predicts the label is not known")
-    absent = [name for k, name in enumerate(task.classes) if not (truth == k).any()]
+        notes.append("sources are not named or there is one label: it is unknown whether a source predicts the label")
+    absent = [name for name, n in _n_per_class(truth, task).items() if not n]
     if absent:
         notes.append(f"no image of {', '.join(absent)}: the scores that need one are undefined")
     patient = table["patient_id"].fillna("").astype(str)
-    alone = int(((patient == "") | patient.str.startswith("image:")).sum())
-    if alone:
+    unknown = int(((patient == "") | patient.str.startswith("image:")).sum())
+    if unknown:
         notes.append(
-            f"{alone} of {len(table)} images have no patient_id: each counts as a patient of its own, and intervals "
+            f"{unknown} of {len(table)} images have no patient_id: each counts as a separate patient, and intervals "
             "may be too narrow"
         )
+    # Their images of each label are a separate row of `patient_units`.
     several = int((pd.Series(truth).groupby(patient_codes(table)).nunique() > 1).sum())
     if several:
-        notes.append(f"{several} patients have images of several labels: each label of theirs is a unit of its own")
+        notes.append(
+            f"{several} patients have images of several labels: each of their labels counts as a separate unit"
+        )
     if operating is None:
-        notes.append("without validation predictions there are no thresholds and no temperature")
-        return notes
+        return [*notes, "without validation predictions there are no thresholds and no temperature"]
     if operating["n_per_class"].keys() != set(task.classes):
-        raise InputError(f"operating: fitted to classes {list(operating['n_per_class'])}, not {list(task.classes)}")
+        raise InputError(
+            f"operating: was fitted to the classes {list(operating['n_per_class'])}, not to {list(task.classes)}. "
+            "Give validation predictions of the same task."
+        )
     return [*notes, *operating["notes"]]
+
+
+def _n_patients(table: pd.DataFrame) -> int:
+    return len(np.unique(patient_codes(table)))
+
+
+def _n_per_class(truth: Indices, task: Task) -> dict[str, int]:
+    return {name: int((truth == k).sum()) for k, name in enumerate(task.classes)}
+
+
+def _confusion(truth: Indices, decided: Indices, task: Task) -> dict[str, Any]:
+    counts = confusion(truth, decided, len(task.classes)).tolist()
+    return {"rows": list(task.classes), "columns": list(task.classes), "counts": counts}

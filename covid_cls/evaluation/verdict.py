@@ -1,7 +1,7 @@
-"""Whether a score says more than shortcuts do: the model against each probe, and whether the source gives the label."""
+"""Whether a score shows more than shortcuts do: comparison with baselines, and association of source and label."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,25 +9,25 @@ import pandas as pd
 from scipy.stats.contingency import association
 
 from covid_cls.errors import InputError
-from covid_cls.evaluation.comparison import Comparison, compare_cells
-from covid_cls.evaluation.metrics import decide
-from covid_cls.evaluation.predictions import truth_and_prob, without_nan
-from covid_cls.evaluation.resampling import weighted_scores
-from covid_cls.labels import Task
+from covid_cls.evaluation.comparison import ConfigurationScores, paired_test
+from covid_cls.evaluation.metrics import LOWER_IS_BETTER
+from covid_cls.evaluation.predictions import without_nan
 
-CONFOUNDED = 0.9  # Cramér's V of source and label from which on a score is no evidence of disease detection
-_LESS_IS_BETTER = ("nll", "brier")
-
-Tables = Sequence[pd.DataFrame]
+# From this Cramér's V of source and label on, a score is no evidence of disease detection.
+CONFOUNDED = 0.9
 
 
 def source_association(table: pd.DataFrame) -> float:
-    """Cramér's V of source and label over the images of `table`, 0 (independent) to 1 (one gives the other away).
+    """Return Cramér's V (1946) of source and label, from 0 (independent) to 1 (the source determines the label).
 
-    table: columns source and label. Images without a source count as one more source. A single named source says
-    nothing of the label: 0. nan where no image has a source, or all have one label.
+    Images without a source count as one more source. With a single named source V is 0; it is nan if no image has a
+    source or all have the same label.
+
+    Args:
+        table: Has the columns source and label.
     """
     source = table["source"].fillna("")
+    # Without names or with one label, it is unknown whether the source predicts the label, so V is not 0.
     if (source == "").all() or table["label"].nunique() < 2:
         return math.nan
     if source.nunique() == 1:
@@ -37,75 +37,68 @@ def source_association(table: pd.DataFrame) -> float:
 
 def verdict(
     model_name: str,
-    model_tables: Tables,
-    probe_tables: Mapping[str, Tables],
-    task: Task,
+    model: ConfigurationScores,
+    baselines: Mapping[str, ConfigurationScores],
     *,
     source_v: float | None,
     metric: str = "balanced_accuracy",
-    resamples: int = 2000,
-    seed: int = 0,
 ) -> dict[str, Any]:
-    """What the model's score is evidence of, in plain lines, and the figures behind them; ready for JSON.
+    """Compare a model with shortcut baselines and state what its score is evidence of.
 
-    model_tables, and those of each probe: predictions over the same images, one table per training seed. source_v: of
-    `source_association`; None or nan where sources are not known. metric: a flat score name of which more is better.
+    What cannot be computed never counts as a success.
 
-    lines: the verdict, the gravest line first. beats_probes: whether the paired patient bootstrap's 95 % interval of
-    model - probe lies above 0 for every probe; the probe named is the strongest of those that are not beaten, or of
-    all. None without a probe. probes: per probe its score, the difference, and retained, the share of the model's
-    macro AUROC above chance that the probe reaches. It fails closed: what cannot be computed is never a success.
-    InputError as in `compare_cells`, and for a metric of which less is better.
+    Args:
+        model_name: Name of the model in the text.
+        model: Its scores.
+        baselines: Scores of the baselines by name, on the same resamples.
+        source_v: The result of `source_association`; None or nan if sources are unknown.
+        metric: Flat name of the score to compare; higher values must be better.
+
+    Returns:
+        A record for JSON with None for nan. Keys: lines, the verdict with the most severe line first; metric; score;
+        source_association; beats_baselines, whether the 95 % interval of model - baseline is above 0 for every
+        baseline, None without baselines; baseline, the strongest of those that are not beaten, or of all; baselines,
+        for each its score, difference, p, macro_auroc and retained: its macro AUROC above chance over the model's.
+
+    Raises:
+        InputError: If lower values of the metric are better.
     """
-    if metric in _LESS_IS_BETTER:
-        raise InputError(f"metric {metric}: less of it is better; choose another, such as balanced_accuracy")
-    model = _scores(model_tables, task, metric)
-    probes = {}
-    for name, tables in probe_tables.items():
-        cells = {model_name: list(model_tables), f"{name} probe": list(tables)}
-        (pair,) = compare_cells(cells, task, metric=metric, resamples=resamples, seed=seed)
-        probes[name] = _figures(model, _scores(tables, task, metric), metric, pair)
-    lines = _source_lines(source_v)
-    beaten = {name: bool(figures["difference"]["low"] > 0) for name, figures in probes.items()}  # nan is not beaten
-    if probes:
-        rivals = [name for name in probes if not beaten[name]] or list(probes)
-        strongest = max(rivals, key=lambda name: -math.inf if math.isnan(s := probes[name]["score"]) else s)
-        lines.append(_probe_line(model_name, strongest, probes[strongest]["difference"], beaten[strongest]))
+    if metric in LOWER_IS_BETTER:
+        raise InputError(f"metric {metric}: lower values are better. Use another one, such as balanced_accuracy.")
+    records: dict[str, dict[str, Any]] = {}
+    above_chance = model.value("macro_auroc") - 0.5
+    for name, scores in baselines.items():
+        difference, p = paired_test(model, scores, metric)
+        macro_auroc = scores.value("macro_auroc")
+        records[name] = {
+            "score": scores.value(metric),
+            "difference": difference._asdict(),
+            "p": p,
+            "macro_auroc": macro_auroc,
+            "retained": (macro_auroc - 0.5) / above_chance if above_chance > 0 else math.nan,
+        }
+    lines, strongest = _source_lines(source_v), None
+    # An undefined interval has nan as its lower end, so the baseline counts as not beaten.
+    unbeaten = [name for name in records if not records[name]["difference"]["low"] > 0]
+    if records:
+        strongest = max(
+            unbeaten or list(records), key=lambda name: np.nan_to_num(records[name]["score"], nan=-math.inf)
+        )
+        beaten = strongest not in unbeaten
+        lines.append(_baseline_line(model_name, strongest, records[strongest]["difference"], beaten))
     else:
-        strongest = None
-        lines.append(f"{model_name} was not compared with any shortcut probe")
-    record = {
-        "lines": lines,
-        "metric": metric,
-        "score": model[metric],
-        "source_association": math.nan if source_v is None else float(source_v),
-        "beats_probes": all(beaten.values()) if probes else None,
-        "probe": strongest,
-        "probes": probes,
-    }
-    plain: dict[str, Any] = without_nan(record)
-    return plain
-
-
-def _scores(tables: Tables, task: Task, metric: str) -> dict[str, float]:
-    """The mean over `tables` of `metric` and of macro_auroc."""
-    drawn = []
-    for table in tables:
-        truth, prob = truth_and_prob(table, task)
-        once = np.ones((1, len(truth)), dtype=np.uint8)
-        drawn.append(weighted_scores(truth, prob, decide(prob, task), task, once, only={metric, "macro_auroc"}))
-    return {name: float(np.mean([scores[name] for scores in drawn])) for name in (metric, "macro_auroc")}
-
-
-def _figures(model: dict[str, float], probe: dict[str, float], metric: str, pair: Comparison) -> dict[str, Any]:
-    above = model["macro_auroc"] - 0.5
-    return {
-        "score": probe[metric],
-        "difference": pair.difference._asdict(),
-        "p": pair.p,
-        "macro_auroc": probe["macro_auroc"],
-        "retained": (probe["macro_auroc"] - 0.5) / above if above > 0 else math.nan,
-    }
+        lines.append(f"{model_name} was not compared with any shortcut baseline")
+    return without_nan(
+        {
+            "lines": lines,
+            "metric": metric,
+            "score": model.value(metric),
+            "source_association": math.nan if source_v is None else float(source_v),
+            "beats_baselines": not unbeaten if records else None,
+            "baseline": strongest,
+            "baselines": records,
+        }
+    )
 
 
 def _source_lines(source_v: float | None) -> list[str]:
@@ -116,13 +109,13 @@ def _source_lines(source_v: float | None) -> list[str]:
     return []
 
 
-def _probe_line(model_name: str, probe: str, difference: dict[str, Any], beaten: bool) -> str:
+def _baseline_line(model_name: str, baseline: str, difference: dict[str, Any], beaten: bool) -> str:
     value, low, high = (100 * difference[key] for key in ("value", "low", "high"))
     if math.isnan(low):
-        return f"{model_name} cannot be compared with the {probe} probe: too few images or patients"
+        return f"{model_name} cannot be compared with the {baseline} baseline: too few images or patients"
     if beaten:
-        return f"{model_name} beats the {probe} probe by {value:.1f} points ({low:.1f} to {high:.1f})"
+        return f"{model_name} beats the {baseline} baseline by {value:.1f} points ({low:.1f} to {high:.1f})"
     return (
-        f"{model_name} is not shown to beat the {probe} probe: "
+        f"{model_name} is not shown to beat the {baseline} baseline: "
         f"difference {value:+.1f} points ({low:+.1f} to {high:+.1f})"
     )

@@ -1,4 +1,4 @@
-"""The vectorised scores of resamples against `metrics` and against sklearn with sample weights."""
+"""The vectorised scores of resamples equal those of one table and those of sklearn with sample weights."""
 
 import warnings
 
@@ -7,16 +7,15 @@ import pytest
 from sklearn import metrics as sk
 from sklearn.exceptions import UndefinedMetricWarning
 
-from covid_cls.evaluation.metrics import class_scores, decide, overall_scores, positives
-from covid_cls.evaluation.resampling import weighted_scores
-from covid_cls.labels import TASKS
+from covid_cls.evaluation.metrics import class_scores, decide, overall_scores, positives, weighted_scores
+from covid_cls.tasks import TASKS
 
 ALL_TASKS = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-CASES = 60  # for each task
+CASES = 60  # per task
 
 
 def random_case(rng, task, complete):
-    """Truth and tied probabilities; classes may be absent unless `complete`."""
+    """Return random truth and probabilities with ties; classes may be absent unless `complete`."""
     size, n = len(task.classes), int(rng.integers(4, 30))
     truth = rng.integers(0, size, n)
     if complete:
@@ -29,7 +28,7 @@ def random_case(rng, task, complete):
 
 @ALL_TASKS
 @pytest.mark.filterwarnings("ignore:no image of class")
-def test_with_weights_of_one_the_scores_are_those_of_metrics(task):
+def test_weights_of_one_give_the_unweighted_scores(task):
     rng = np.random.default_rng(21)
     for _ in range(CASES):
         truth, prob = random_case(rng, task, complete=False)
@@ -44,13 +43,14 @@ def test_with_weights_of_one_the_scores_are_those_of_metrics(task):
 
 
 @ALL_TASKS
-def test_with_whole_weights_the_scores_are_those_of_sklearn(task):
+def test_weighted_scores_equal_those_of_sklearn(task):
     rng = np.random.default_rng(22)
     labels = list(range(len(task.classes)))
     for _ in range(CASES):
         truth, prob = random_case(rng, task, complete=True)
         weights = rng.integers(0, 4, len(truth))
-        weights[: len(labels)] += 1  # every class stays
+        # No class loses all its images.
+        weights[: len(labels)] += 1
         decided = decide(prob, task)
         found = weighted_scores(truth, prob, decided, task, weights[None])
         with warnings.catch_warnings():
@@ -88,11 +88,12 @@ def _by_sklearn(truth, prob, decided, task, weights):
 
 
 @pytest.mark.parametrize("task", [TASKS["binary"], TASKS["three_class"]], ids=lambda task: task.name)
-def test_ece_is_that_of_repeated_images_binned_by_hand(task):
+def test_weighted_ece_equals_that_of_repeated_images_in_explicit_bins(task):
     rng = np.random.default_rng(23)
     for _ in range(100):
         truth, prob = random_case(rng, task, complete=True)
-        prob = np.clip(prob + rng.uniform(1e-4, 2e-4, prob.shape), 0, 1)  # off the edges of bins
+        # Moves probabilities off the edges of bins, where rounding would decide.
+        prob = np.clip(prob + rng.uniform(1e-4, 2e-4, prob.shape), 0, 1)
         weights = rng.integers(0, 4, len(truth))
         weights[0] = 1
         rows = np.repeat(np.arange(len(truth)), weights)

@@ -1,4 +1,4 @@
-"""Calibration against known answers: temperatures planted in logits, null values of the ECE, logistic recalibration."""
+"""Calibration: known temperatures, expected calibration errors with their null values, slope and intercept."""
 
 import math
 
@@ -15,19 +15,19 @@ from covid_cls.evaluation.calibration import (
     reliability,
 )
 from covid_cls.evaluation.metrics import Floats, Indices, decide
-from covid_cls.labels import TASKS, Task
+from covid_cls.tasks import TASKS, Task
 
 ALL_TASKS = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 
 
 def sample(task: Task, n: int, seed: int = 0) -> tuple[Indices, Floats]:
-    """Classes drawn from the probabilities of their logits: a perfectly calibrated model."""
+    """Draw classes from the probabilities of their logits, as for a perfectly calibrated model."""
     rng = np.random.default_rng(seed)
     if not task.multilabel:
         logit = rng.normal(0, 1.5, (n, len(task.classes)))
         cumulative = calibrated(logit, 1, task).cumsum(axis=1)
         return (rng.random(n)[:, None] > cumulative[:, :-1]).sum(axis=1), logit
-    # A perfectly calibrated model of targets that exclude and imply one another: shares within groups of images.
+    # Multilabel targets depend on each other, so a calibrated model predicts their shares in groups of images.
     group, truth = rng.integers(0, 40, n), rng.integers(0, 3, n)
     weights = rng.dirichlet((1.0, 1.0, 1.0), 40)
     truth = np.array([rng.choice(3, p=weights[g]) for g in group])
@@ -37,7 +37,7 @@ def sample(task: Task, n: int, seed: int = 0) -> tuple[Indices, Floats]:
 
 
 @ALL_TASKS
-def test_a_planted_temperature_is_found(task: Task) -> None:
+def test_a_known_temperature_is_found(task: Task) -> None:
     truth, logit = sample(task, 20_000)
     assert fit_temperature(truth, 3 * logit, task) == pytest.approx(3, abs=0.1)
 
@@ -52,7 +52,8 @@ def test_a_temperature_changes_no_decision(task: Task, temperature: float) -> No
 
 def test_logits_are_divided_by_the_temperature() -> None:
     logit = np.array([[2.0, 0.0]])
-    p = 1 / (1 + math.exp(-1))  # the difference of 2 becomes 1 at temperature 2
+    # The difference of 2 becomes 1 at temperature 2.
+    p = 1 / (1 + math.exp(-1))
     assert calibrated(logit, 2.0, TASKS["binary"]) == pytest.approx(np.array([[p, 1 - p]]))
     logit = np.array([[2.0, 0.0, -2.0]])
     found = calibrated(logit, 2.0, TASKS["three_class_multilabel"])
@@ -60,7 +61,7 @@ def test_logits_are_divided_by_the_temperature() -> None:
 
 
 @ALL_TASKS
-def test_a_temperature_that_the_data_do_not_determine_is_nan(task: Task) -> None:
+def test_a_temperature_is_nan_if_the_data_do_not_determine_it(task: Task) -> None:
     truth = np.arange(30) % len(task.classes)
     sure = np.where(np.asarray(task.targets)[truth] == 1, 4.0, -4.0)
     assert math.isnan(fit_temperature(truth, sure, task))
@@ -76,14 +77,14 @@ def test_ece_of_known_cases() -> None:
 
 
 @pytest.mark.parametrize(("n", "null", "within"), [(100, 0.088, 0.006), (300, 0.051, 0.003), (1000, 0.030, 0.002)])
-def test_the_null_value_of_the_ece(n: int, null: float, within: float) -> None:
+def test_the_null_value_of_the_ece_of_known_cases(n: int, null: float, within: float) -> None:
     prob = np.random.default_rng(3).uniform(0.5, 1, n)
     gap = calibration_error(prob, np.ones(n))
     assert gap.null == pytest.approx(null, abs=within)
     assert gap.null < gap.null_p95 < gap.value
 
 
-def test_a_calibrated_model_lies_within_its_null_range() -> None:
+def test_a_calibrated_model_is_within_its_null_range() -> None:
     rng = np.random.default_rng(0)
     prob = rng.uniform(0.5, 1, (100, 400))
     gaps = [calibration_error(p, rng.random(400) < p, draws=200) for p in prob]
@@ -107,7 +108,7 @@ def test_slope_and_intercept_of_a_distorted_model() -> None:
     assert recalibration(positive, logit + 1, alone)["intercept"].value == pytest.approx(-1, abs=0.05)
 
 
-def test_images_of_one_patient_count_as_one() -> None:
+def test_copies_of_an_image_do_not_narrow_the_interval_of_the_slope() -> None:
     rng = np.random.default_rng(0)
     logit = rng.normal(0, 1, 200)
     positive = rng.random(200) < 1 / (1 + np.exp(-logit))
@@ -117,20 +118,20 @@ def test_images_of_one_patient_count_as_one() -> None:
 
 
 @pytest.mark.parametrize("positive", [[True] * 4, [False] * 4, [False, False, True, True]])
-def test_no_slope_where_the_data_have_none(positive: list[bool]) -> None:
+def test_the_slope_is_nan_without_two_overlapping_classes(positive: list[bool]) -> None:
     found = recalibration(np.array(positive), np.array([-2.0, -1.0, 1.0, 2.0]), np.arange(4))
     assert math.isnan(found["slope"].value)
     assert math.isnan(found["intercept"].low)
 
 
-def test_covid_log_odds_are_those_of_its_probability() -> None:
+def test_covid_log_odds_match_its_probability() -> None:
     logit = np.random.default_rng(0).normal(0, 2, (50, 3))
     for task in (TASKS["three_class"], TASKS["three_class_multilabel"]):
         prob = calibrated(logit, 1, task)[:, 0]
         assert covid_logit(logit, task) == pytest.approx(np.log(prob / (1 - prob)))
 
 
-def test_another_prevalence() -> None:
+def test_prior_shift_of_a_known_case_and_back() -> None:
     shifted = prior_shift(np.array([[0.8, 0.2]]), [0.5, 0.5], [0.05, 0.95])
     assert shifted[0] == pytest.approx([0.173913, 0.826087], abs=1e-6)
     prob = np.random.default_rng(0).dirichlet([1, 1, 1], 10)

@@ -1,3 +1,5 @@
+"""Scores of one table: known answers, agreement with sklearn, and nan for what the data do not define."""
+
 import math
 import warnings
 
@@ -6,14 +8,14 @@ import pytest
 from sklearn import metrics as sk
 
 from covid_cls.evaluation.metrics import class_scores, confusion, decide, overall_scores, positives, roc_points
-from covid_cls.labels import TASKS
+from covid_cls.tasks import TASKS
 
 BINARY, SOFTMAX, MULTILABEL = TASKS["binary"], TASKS["three_class"], TASKS["three_class_multilabel"]
 ALL_TASKS = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 
 
 def random_case(rng, task, n=24):
-    """Truth, tied probabilities and decisions; every class is there."""
+    """Return random truth, with every class, and probabilities with ties."""
     size = len(task.classes)
     truth = np.concatenate([np.arange(size), rng.integers(0, size, n - size)])
     if task.multilabel:
@@ -23,17 +25,18 @@ def random_case(rng, task, n=24):
 
 
 def cases(counts):
-    """Truth and decisions that a table of counts comes from."""
+    """Return truth and decisions with the given confusion matrix."""
     rows, columns = np.indices(np.shape(counts))
     return np.repeat(rows.ravel(), np.ravel(counts)), np.repeat(columns.ravel(), np.ravel(counts))
 
 
-# --- known answers (the project's trust page, section 2)
+# --- known answers
 
 
-def test_auroc_and_average_precision_of_the_textbook_case():
+def test_auroc_and_average_precision_of_the_example_in_the_sklearn_manual():
     covid = np.array([0.1, 0.4, 0.35, 0.8])
-    truth = np.array([1, 1, 0, 0])  # index 0 is covid, the positive class
+    # Index 0 is covid, the positive class.
+    truth = np.array([1, 1, 0, 0])
     prob = np.column_stack([covid, 1 - covid])
     scores = class_scores(truth, prob, decide(prob, BINARY), BINARY)["covid"]
     assert scores["auroc"] == pytest.approx(0.75)
@@ -56,12 +59,12 @@ def test_scores_of_a_known_confusion_matrix():
     assert covid["npv"] == pytest.approx(18 / 20)
 
 
-def test_mcc_is_a_third():
+def test_mcc_of_a_known_case():
     truth, decided = 1 - np.array([1, 1, 1, 0, 0, 0]), 1 - np.array([1, 1, 0, 0, 0, 1])
     assert overall_scores(truth, np.eye(2)[decided], decided, BINARY)["mcc"] == pytest.approx(1 / 3)
 
 
-def test_brier_is_of_covid_for_two_classes_and_a_sum_for_three():
+def test_brier_is_that_of_covid_for_two_classes_and_a_sum_over_classes_for_three():
     covid = np.array([0.9, 0.2, 0.6, 0.7])
     two = np.column_stack([covid, 1 - covid])
     truth = np.array([0, 1, 0, 0])
@@ -82,9 +85,10 @@ def test_perfect_predictions_score_one():
 # --- decisions
 
 
-def test_multilabel_covid_is_not_lost_to_its_own_pneumonia_label():
+def test_a_multilabel_covid_image_with_a_higher_pneumonia_probability_is_called_covid():
     prob = 1 / (1 + np.exp(-np.array([[2, -3, 2.5]])))
-    assert prob[0].argmax() == 2  # the trap
+    # An argmax would call it pneumonia.
+    assert prob[0].argmax() == 2
     assert decide(prob, MULTILABEL).tolist() == [0]
 
 
@@ -93,16 +97,16 @@ def test_multilabel_covid_is_not_lost_to_its_own_pneumonia_label():
     [([0.5, 0.9, 0.9], 0), ([0.49, 0.2, 0.3], 2), ([0.49, 0.3, 0.2], 1), ([0.1, 0.4, 0.4], 1)],
     ids=["covid at the threshold", "pneumonia", "normal", "tie is normal"],
 )
-def test_multilabel_rule(prob, decided):
+def test_multilabel_decisions(prob, decided):
     assert decide(np.array([prob]), MULTILABEL).tolist() == [decided]
 
 
-def test_softmax_rule_is_the_argmax_and_the_first_on_a_tie():
+def test_a_softmax_decision_is_the_most_probable_class_and_the_first_on_a_tie():
     assert decide(np.array([[0.2, 0.5, 0.3], [0.4, 0.2, 0.4]]), SOFTMAX).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_no_class_is_decided_from_a_broken_score(bad):
+def test_probabilities_that_are_not_finite_are_refused(bad):
     with pytest.raises(ValueError, match="nan or infinite"):
         decide(np.array([[bad, 0.5, 0.5]]), SOFTMAX)
 
@@ -114,7 +118,8 @@ def test_no_class_is_decided_from_a_broken_score(bad):
 def test_random_cases_with_ties_agree_with_sklearn(task):
     rng = np.random.default_rng(20)
     labels = list(range(len(task.classes)))
-    for _ in range(40):  # few enough images for every kind of tie and of empty column
+    # With 24 images each, there are ties of every kind and classes that are never decided.
+    for _ in range(25):
         truth, prob = random_case(rng, task)
         decided = decide(prob, task)
         targets = np.eye(len(labels), dtype=int)[truth]
@@ -172,20 +177,22 @@ def test_a_multilabel_covid_image_is_positive_for_pneumonia():
     assert positives(np.array([0, 1, 2]), MULTILABEL).tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 1]]
     prob = np.array([[0.9, 0.1, 0.9], [0.1, 0.9, 0.1], [0.1, 0.2, 0.8]])
     scores = class_scores(np.array([0, 1, 2]), prob, decide(prob, MULTILABEL), MULTILABEL)
-    assert scores["pneumonia"]["auroc"] == 1  # against a one-hot target it would be 0.5
+    # Against a one-hot target it would be 0.5.
+    assert scores["pneumonia"]["auroc"] == 1
     assert scores["pneumonia"]["n"] == 1
 
 
 def test_covid_f1_at_half_follows_the_label_not_the_decision():
     prob = np.array([[0.6, 0.1, 0.9], [0.6, 0.9, 0.1], [0.1, 0.2, 0.8]])
     truth = np.array([0, 1, 2])
-    overall = overall_scores(truth, prob, np.array([0, 1, 2]), MULTILABEL)  # decided at another threshold
+    # Decisions of another threshold.
+    overall = overall_scores(truth, prob, np.array([0, 1, 2]), MULTILABEL)
     assert overall["accuracy"] == 1
     assert overall["covid_f1_at_half"] == pytest.approx(2 / 3)
     assert overall["label_accuracy"] == pytest.approx(8 / 9)
 
 
-def test_multilabel_pneumonia_is_ranked_by_covid_images_alone_where_it_has_no_others():
+def test_multilabel_pneumonia_has_an_auroc_from_covid_images_only():
     prob = np.array([[0.9, 0.1, 0.8], [0.1, 0.9, 0.2]])
     with pytest.warns(UserWarning, match="'pneumonia'"):
         scores = class_scores(np.array([0, 1]), prob, decide(prob, MULTILABEL), MULTILABEL)["pneumonia"]
@@ -193,11 +200,11 @@ def test_multilabel_pneumonia_is_ranked_by_covid_images_alone_where_it_has_no_ot
     assert math.isnan(scores["sensitivity"])
 
 
-# --- what the data cannot answer
+# --- undefined scores
 
 
 @pytest.mark.filterwarnings("error::sklearn.exceptions.UndefinedMetricWarning")
-def test_an_absent_class_is_nan_and_named():
+def test_scores_of_an_absent_class_are_nan_and_a_warning_names_it():
     truth = np.array([1, 2, 1, 2])
     prob = np.array([[0.1, 0.7, 0.2], [0.2, 0.2, 0.6], [0.6, 0.3, 0.1], [0.1, 0.5, 0.4]])
     decided = decide(prob, SOFTMAX)
@@ -216,7 +223,7 @@ def test_an_absent_class_is_nan_and_named():
 
 @ALL_TASKS
 @pytest.mark.filterwarnings("error::sklearn.exceptions.UndefinedMetricWarning", "ignore:no image of class 'pneu")
-def test_a_single_class_has_no_discrimination(task):
+def test_scores_that_need_two_classes_are_nan_for_one(task):
     truth = np.zeros(5, dtype=int)
     _, prob = random_case(np.random.default_rng(1), task, n=5)
     decided = decide(prob, task)
@@ -244,7 +251,7 @@ def test_a_class_never_decided_has_no_ppv_and_an_f1_of_zero():
 
 
 @ALL_TASKS
-def test_a_sure_and_wrong_model_has_a_finite_nll(task):
+def test_a_certain_wrong_model_has_a_finite_nll(task):
     truth = np.array([0, 1])
     wrong = np.eye(len(task.classes))[[1, 0]]
     assert 10 < overall_scores(truth, wrong, decide(wrong, task), task)["nll"] < 40

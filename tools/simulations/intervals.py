@@ -1,4 +1,4 @@
-"""Estimate by simulation the coverage of the intervals and the type I error of the tests; print Markdown tables.
+"""Estimate the coverage of the intervals and the type I error of the tests by simulation; print Markdown tables.
 
 OMP_NUM_THREADS=1 python -m tools.simulations.intervals [simulations] >> docs/simulations.md
 """
@@ -19,26 +19,30 @@ import scipy
 import sklearn
 from scipy.special import softmax
 
-from covid_cls.evaluation.comparison import compare_cells
+from covid_cls.evaluation.comparison import compare_configurations, score_configurations
 from covid_cls.evaluation.delong import delong_interval
-from covid_cls.evaluation.intervals import proportion_interval, score_intervals
-from covid_cls.evaluation.metrics import decide
+from covid_cls.evaluation.intervals import patient_codes, proportion_interval, score_intervals
+from covid_cls.evaluation.metrics import decide, point_scores
 from covid_cls.evaluation.predictions import truth_and_prob
-from covid_cls.evaluation.resampling import patient_codes, weighted_scores
-from covid_cls.labels import TASKS
-from covid_cls.records import prediction_columns
+from covid_cls.io import prediction_columns
+from covid_cls.tasks import TASKS
 
-SHARES = {"binary": (1, 2), "three_class": (1, 2, 2)}  # of patients, covid first
-WITHIN_PATIENT = 0.5  # correlation between the noise of a patient's images
-BETWEEN_MODELS = 0.7  # correlation between the noise of two models on one image
+# Shares of patients per class, covid first.
+SHARES = {"binary": (1, 2), "three_class": (1, 2, 2)}
+# Correlation of the noise of images of one patient.
+WITHIN_PATIENT = 0.5
+# Correlation of the noise of two models on one image.
+BETWEEN_MODELS = 0.7
 SCORES = (
     *("covid.auroc", "covid.sensitivity", "covid.specificity", "accuracy", "balanced_accuracy", "macro_f1"),
     *("covid.average_precision", "covid.ppv", "covid.npv", "covid.f1", "macro_auroc", "mcc", "brier", "nll"),
 )
+# Intervals that are often published, for comparison.
 OTHERS = ("covid.auroc, DeLong", "covid.auroc, DeLong by image", "covid.sensitivity, Wilson by image")
 COMPARED = ("balanced_accuracy", "covid.auroc")
 TESTS = (*(f"bootstrap, {metric}" for metric in COMPARED), "DeLong, covid.auroc", "McNemar, exact")
-PIECE = 50  # simulations per job of a process
+# Simulations per job. Each job has a separate random seed, so the result does not depend on the number of processes.
+PIECE = 50
 
 
 class Design(NamedTuple):
@@ -64,16 +68,17 @@ class Design(NamedTuple):
 SIZES = (60, 200, 1000)
 DESIGNS = {
     "two classes": [Design("binary", n, images) for images in (1, 4) for n in SIZES],
-    # 1000 x 4 would take a third of the total time
+    # The design 1000 x 4 would take a third of the total time.
     "three classes": [Design("three_class", n, images, 1.6) for images in (1, 4) for n in SIZES if n * images < 4000],
     "two classes, a strong model": [Design("binary", n, images, 2.1) for images in (1, 4) for n in SIZES[:2]],
 }
 
 
-def draw(design: Design, rng: np.random.Generator, models: int = 1) -> list[pd.DataFrame]:
-    """Simulate the predictions tables of `models` equally good models on the same images.
+def simulate(design: Design, rng: np.random.Generator, models: int = 1) -> list[pd.DataFrame]:
+    """Return the predictions tables of `models` equally good models on the same images.
 
-    Each class has a unit Gaussian around a corner of its own; logits are calibrated for equally frequent classes.
+    The features of each class are a Gaussian with unit variance around a separate corner of a simplex. The logits are
+    calibrated for equally frequent classes.
     """
     task, shares, distance = TASKS[design.task], SHARES[design.task], design.distance
     per_class = [design.patients * share // sum(shares) for share in shares]
@@ -88,6 +93,7 @@ def draw(design: Design, rng: np.random.Generator, models: int = 1) -> list[pd.D
         shared = rng.normal(size=(design.patients, len(shares)))[patient]
         return np.asarray(np.sqrt(WITHIN_PATIENT) * shared + np.sqrt(1 - WITHIN_PATIENT) * own)
 
+    # Models share part of their noise, because the same images are difficult for both.
     common = noise()
     tables = []
     for _ in range(models):
@@ -105,21 +111,19 @@ def draw(design: Design, rng: np.random.Generator, models: int = 1) -> list[pd.D
     return tables
 
 
-def known(design: Design, patients: int = 1_000_000) -> dict[str, float]:
-    """Return the true scores of `design`, which its intervals should cover, estimated from very many patients."""
-    (table,) = draw(design._replace(patients=patients, images=1), np.random.default_rng(0))
-    task = TASKS[design.task]
-    truth, prob = truth_and_prob(table, task)
-    scores = weighted_scores(truth, prob, decide(prob, task), task, np.ones((1, len(truth)), dtype=np.uint8))
-    return {name: float(value[0]) for name, value in scores.items()}
+def true_scores(design: Design, patients: int = 1_000_000) -> dict[str, float]:
+    """Return the true scores of `design`, which its intervals should contain, estimated from very many patients."""
+    (table,) = simulate(design._replace(patients=patients, images=1), np.random.default_rng(0))
+    return point_scores(table, TASKS[design.task])
 
 
-def covered(design: Design, rng: np.random.Generator, resamples: int, truths: dict[str, float]) -> Iterator[str]:
+def covered_scores(design: Design, rng: np.random.Generator, resamples: int, truths: dict[str, float]) -> Iterator[str]:
     """Simulate one test set and yield the names of the scores whose 95 % interval contains the true value."""
-    (table,) = draw(design, rng)
+    (table,) = simulate(design, rng)
     task = TASKS[design.task]
     found = score_intervals(table, task, resamples=resamples, seed=int(rng.integers(2**31)))
     truth, prob = truth_and_prob(table, task)
+    # Covid is the first class of every task.
     covid = truth == 0
     others = (
         delong_interval(covid, prob[:, 0], patients=patient_codes(table)),
@@ -131,13 +135,14 @@ def covered(design: Design, rng: np.random.Generator, resamples: int, truths: di
             yield name
 
 
-def rejected(design: Design, rng: np.random.Generator, resamples: int, _: dict[str, float]) -> Iterator[str]:
+def rejecting_tests(design: Design, rng: np.random.Generator, resamples: int, _: dict[str, float]) -> Iterator[str]:
     """Simulate two equally good models and yield the tests that reject their equality at the 5 % level."""
-    first, second = draw(design, rng, models=2)
+    first, second = simulate(design, rng, models=2)
     seed = int(rng.integers(2**31))
+    tables = {"first": [first], "second": [second]}
+    scores = score_configurations(tables, TASKS[design.task], resamples=resamples, seed=seed)
     for metric in COMPARED:
-        cells = {"first": [first], "second": [second]}
-        (pair,) = compare_cells(cells, TASKS[design.task], metric=metric, resamples=resamples, seed=seed)
+        (pair,) = compare_configurations(scores, metric)
         if pair.p < 0.05:
             yield f"bootstrap, {metric}"
     if pair.delong_p < 0.05:
@@ -146,15 +151,15 @@ def rejected(design: Design, rng: np.random.Generator, resamples: int, _: dict[s
         yield "McNemar, exact"
 
 
-Once = Callable[[Design, np.random.Generator, int, dict[str, float]], Iterator[str]]
+Simulation = Callable[[Design, np.random.Generator, int, dict[str, float]], Iterator[str]]
 
 
 def count(
-    once: Once, design: Design, simulations: int, resamples: int, seed: int, truths: dict[str, float]
+    simulation: Simulation, design: Design, simulations: int, resamples: int, seed: int, truths: dict[str, float]
 ) -> Counter[str]:
-    """Return how often `once` yields each name in `simulations` test sets of `design`."""
+    """Return how often `simulation` yields each name in `simulations` test sets of `design`."""
     rng = np.random.default_rng([seed, design.patients, design.images])
-    return Counter(name for _ in range(simulations) for name in once(design, rng, resamples, truths))
+    return Counter(name for _ in range(simulations) for name in simulation(design, rng, resamples, truths))
 
 
 def _table(counts: dict[Design, Counter[str]], rows: tuple[str, ...], first: str, simulations: int) -> str:
@@ -173,19 +178,20 @@ def main(simulations: int = 1000, resamples: int = 400) -> None:
         simulations: Test sets per design, rounded down to a multiple of 50.
         resamples: Bootstrap resamples per interval.
     """
+    # A warning would mean that a simulated table is degenerate, such as a class with a single patient.
     warnings.simplefilter("error")
     pieces = simulations // PIECE
-    jobs: list[tuple[Once, Design, dict[str, float]]] = []
+    jobs: list[tuple[Simulation, Design, dict[str, float]]] = []
     for designs in DESIGNS.values():
-        truths = known(designs[0])
-        jobs += [(covered, design, truths) for design in designs]
-    jobs += [(rejected, design, {}) for design in DESIGNS["two classes"]]
+        truths = true_scores(designs[0])
+        jobs += [(covered_scores, design, truths) for design in designs]
+    jobs += [(rejecting_tests, design, {}) for design in DESIGNS["two classes"]]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         running = {
-            (once, design): [
-                pool.submit(count, once, design, PIECE, resamples, piece, truths) for piece in range(pieces)
+            (simulation, design): [
+                pool.submit(count, simulation, design, PIECE, resamples, piece, truths) for piece in range(pieces)
             ]
-            for once, design, truths in jobs
+            for simulation, design, truths in jobs
         }
         counts = {key: sum((each.result() for each in futures), Counter()) for key, futures in running.items()}
     versions = f"Python {platform.python_version()}, numpy {np.__version__}, scipy {scipy.__version__}"
@@ -193,9 +199,9 @@ def main(simulations: int = 1000, resamples: int = 400) -> None:
     print(f"{versions}, pandas {pd.__version__}, sklearn {sklearn.__version__}.")
     for title, designs in DESIGNS.items():
         print(f"\nCoverage in %, {title}:\n")
-        print(_table({d: counts[covered, d] for d in designs}, (*SCORES, *OTHERS), "score", pieces * PIECE))
-    print("\nEqual models called different at the 5 % level, in %, two classes:\n")
-    null = {d: counts[rejected, d] for d in DESIGNS["two classes"]}
+        print(_table({d: counts[covered_scores, d] for d in designs}, (*SCORES, *OTHERS), "score", pieces * PIECE))
+    print("\nEqual models found different at the 5 % level, in %, two classes:\n")
+    null = {d: counts[rejecting_tests, d] for d in DESIGNS["two classes"]}
     print(_table(null, TESTS, "test", pieces * PIECE))
 
 

@@ -1,4 +1,4 @@
-"""Thresholds from validation alone, and what they are worth elsewhere."""
+"""Thresholds from validation, frozen records, and the value of decisions at a threshold."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from sklearn.metrics import confusion_matrix
 from covid_cls.errors import InputError
 from covid_cls.evaluation.calibration import calibrated, logits
 from covid_cls.evaluation.metrics import decide
-from covid_cls.evaluation.operating import (
+from covid_cls.evaluation.thresholds import (
     choose_thresholds,
     decide_at,
     decision_curve,
@@ -19,9 +19,9 @@ from covid_cls.evaluation.operating import (
     frozen_operating,
     predictive_values,
 )
-from covid_cls.labels import TASKS, Task
-from covid_cls.records import write_predictions
-from tests.evaluation.test_summary import predictions
+from covid_cls.io import write_predictions
+from covid_cls.tasks import TASKS, Task
+from tests.evaluation.test_assessment import predictions
 
 ALL_TASKS = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 POSITIVE = np.array([0, 0, 0, 0, 1, 1, 1, 1], dtype=bool)
@@ -33,11 +33,12 @@ def test_thresholds_of_a_known_case() -> None:
     assert found == {"youden": 0.7, "sensitivity_95": 0.4, "specificity_95": 0.7}
 
 
-def test_thresholds_reach_their_targets_and_no_better_one_does() -> None:
+def test_thresholds_are_the_best_ones_that_reach_their_targets() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         positive = rng.random(60) < 0.3
-        score = np.round(rng.normal(positive, 1), 1)  # with ties
+        # Rounded, so that there are ties.
+        score = np.round(rng.normal(positive, 1), 1)
         cuts = choose_thresholds(positive, score, sensitivity=0.9, specificity=0.8)
         sensitivity = {cut: float((score[positive] >= cut).mean()) for cut in np.unique(score)}
         specificity = {cut: float((score[~positive] < cut).mean()) for cut in np.unique(score)}
@@ -48,7 +49,7 @@ def test_thresholds_reach_their_targets_and_no_better_one_does() -> None:
         assert sums[cuts["youden"]] == pytest.approx(max(sums.values()))
 
 
-def test_a_specificity_that_no_score_reaches_has_no_threshold() -> None:
+def test_a_threshold_is_nan_if_no_score_reaches_the_target() -> None:
     found = choose_thresholds(POSITIVE, -SCORE, sensitivity=0.95, specificity=0.95)
     assert math.isnan(found["specificity_95"])
     assert math.isnan(found["youden"])
@@ -56,7 +57,7 @@ def test_a_specificity_that_no_score_reaches_has_no_threshold() -> None:
 
 
 @ALL_TASKS
-def test_what_is_fitted_is_plain_and_depends_on_nothing_else(task: Task) -> None:
+def test_the_fitted_record_is_json_and_depends_on_validation_only(task: Task) -> None:
     val = predictions(task, 200)
     record = fit_operating(val, task)
     assert json.loads(json.dumps(record, allow_nan=False)) == record
@@ -72,7 +73,7 @@ def test_what_is_fitted_is_plain_and_depends_on_nothing_else(task: Task) -> None
 
 @ALL_TASKS
 @pytest.mark.parametrize("label", ["covid", "normal"])
-def test_one_class_gives_no_threshold_and_says_so(task: Task, label: str) -> None:
+def test_one_class_gives_no_thresholds_and_notes_it(task: Task, label: str) -> None:
     val = predictions(task, 60)
     record = fit_operating(val[val["label"] == label], task)
     assert set(record["thresholds"].values()) == {None}
@@ -87,14 +88,14 @@ def test_a_target_outside_0_to_1_is_refused(target: float) -> None:
         fit_operating(predictions(TASKS["binary"]), TASKS["binary"], sensitivity=target)
 
 
-def test_what_is_frozen_stays(tmp_path: Path) -> None:
+def test_a_frozen_record_is_not_fitted_again(tmp_path: Path) -> None:
     task = TASKS["three_class"]
     write_predictions(predictions(task, 60), tmp_path / "predictions-val.csv")
     first = frozen_operating(tmp_path, task, sensitivity=0.9, specificity=0.95)
     before = (tmp_path / "operating.json").read_bytes()
     write_predictions(predictions(task, 60, seed=1), tmp_path / "predictions-val.csv")
     assert frozen_operating(tmp_path, task, sensitivity=0.9, specificity=0.95) == first
-    with pytest.raises(InputError, match=r"operating.json: frozen with sensitivity=0.9 specificity=0.95"):
+    with pytest.raises(InputError, match=r"operating.json: was fitted with sensitivity=0.9 specificity=0.95"):
         frozen_operating(tmp_path, task, sensitivity=0.95, specificity=0.95)
     assert (tmp_path / "operating.json").read_bytes() == before
     (tmp_path / "operating.json").write_text('{"temperature": 1.0}')
@@ -103,7 +104,7 @@ def test_what_is_frozen_stays(tmp_path: Path) -> None:
 
 
 @ALL_TASKS
-def test_a_decision_at_a_threshold_leaves_the_others_in_their_order(task: Task) -> None:
+def test_a_threshold_affects_only_the_decision_for_covid(task: Task) -> None:
     prob = calibrated(np.random.default_rng(0).normal(size=(200, len(task.classes))), 1, task)
     for cut in (0.2, 0.5, 0.8):
         decided = decide_at(prob, cut, task)
@@ -121,15 +122,16 @@ def test_predictive_values_by_bayes(prevalence: float, ppv: float) -> None:
     assert predictive_values(0.9, 0.9, prevalence)[1] == pytest.approx(npv, abs=1e-12)
 
 
-def test_predictive_values_of_nobody_are_nan() -> None:
+def test_predictive_values_are_nan_if_no_image_is_called_so() -> None:
     assert math.isnan(predictive_values(0.0, 1.0, 0.1)[0])
     assert math.isnan(predictive_values(1.0, 0.0, 0.1)[1])
 
 
-def test_net_benefit_by_its_definition() -> None:
+def test_net_benefit_equals_its_definition() -> None:
     rng = np.random.default_rng(0)
     positive = rng.random(300) < 0.3
-    prob = np.round(np.clip(rng.normal(0.3 + 0.3 * positive, 0.2), 0, 1), 2)  # scores level with thresholds
+    # Rounded, so that some probabilities equal a threshold.
+    prob = np.round(np.clip(rng.normal(0.3 + 0.3 * positive, 0.2), 0, 1), 2)
     curve = decision_curve(positive, prob)
     assert curve["threshold"] == pytest.approx(np.arange(0.01, 1, 0.01))
     for k, cut in enumerate(curve["threshold"]):
@@ -140,7 +142,7 @@ def test_net_benefit_by_its_definition() -> None:
     assert set(curve["treat_none"]) == {0.0}
 
 
-def test_no_net_benefit_without_images_of_both_kinds() -> None:
+def test_net_benefit_is_nan_without_images_of_both_kinds() -> None:
     curve = decision_curve(np.ones(5, dtype=bool), np.full(5, 0.5))
     assert np.isnan(curve["model"]).all()
     assert np.isnan(curve["treat_all"]).all()

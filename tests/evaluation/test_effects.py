@@ -1,3 +1,5 @@
+"""Scores over seeds and folds, main effects and variance components."""
+
 import math
 
 import numpy as np
@@ -5,22 +7,19 @@ import pandas as pd
 import pytest
 
 from covid_cls.errors import InputError
-from covid_cls.evaluation.comparison import compare_cells, leaderboard
-from covid_cls.evaluation.grid import (
-    main_effects,
+from covid_cls.evaluation.comparison import (
+    compare_configurations,
+    leaderboard,
     mean_difference,
     mean_score,
-    mean_sd,
-    point_scores,
-    pool_folds,
-    score_cell,
-    split_variance,
+    score_configurations,
+    score_seeds,
 )
-from covid_cls.evaluation.intervals import score_intervals
-from covid_cls.evaluation.metrics import class_scores, decide, overall_scores
-from covid_cls.evaluation.predictions import truth_and_prob
-from covid_cls.evaluation.resampling import patient_codes, patient_weights
-from covid_cls.labels import TASKS
+from covid_cls.evaluation.effects import main_effects, mean_sd, split_variance
+from covid_cls.evaluation.intervals import patient_codes, patient_weights, score_intervals
+from covid_cls.evaluation.metrics import class_scores, decide, overall_scores, point_scores
+from covid_cls.evaluation.predictions import pool_folds, truth_and_prob
+from covid_cls.tasks import TASKS
 from tests.reporting.sweeps import predictions
 
 TASK = TASKS["three_class"]
@@ -33,29 +32,29 @@ def weights(table):
 
 
 def scored(*tables):
-    return score_cell(tables, TASK, weights(tables[0]))
+    return score_seeds(tables, TASK, weights(tables[0]))
 
 
-def test_folds_are_pooled_into_the_whole_whatever_their_order():
-    whole = predictions(TASK)
-    parts = [whole.iloc[k::3].sample(frac=1, random_state=k) for k in (2, 0, 1)]
-    pd.testing.assert_frame_equal(pool_folds(parts), whole)
+def test_pooled_folds_do_not_depend_on_their_order():
+    complete = predictions(TASK)
+    parts = [complete.iloc[k::3].sample(frac=1, random_state=k) for k in (2, 0, 1)]
+    pd.testing.assert_frame_equal(pool_folds(parts), complete)
 
 
-def test_an_image_in_two_folds_is_refused_by_name():
-    whole = predictions(TASK)
-    with pytest.raises(InputError, match="1 images are in the test part of more than one fold: i0004;"):
-        pool_folds([whole.iloc[:5], whole.iloc[4:]])
+def test_an_image_in_two_folds_is_refused():
+    complete = predictions(TASK)
+    with pytest.raises(InputError, match=r"1 images are in the test part of more than one fold: i0004\."):
+        pool_folds([complete.iloc[:5], complete.iloc[4:]])
 
 
-def test_mean_and_sd_of_known_numbers():
+def test_mean_and_sd_of_known_numbers_and_of_a_single_one():
     assert mean_sd([1.0, 2.0, 3.0, 6.0]) == (3.0, math.sqrt(14 / 3))
     mean, sd = mean_sd([0.8])
     assert mean == 0.8
-    assert math.isnan(sd)  # one run says nothing of the next
+    assert math.isnan(sd)
 
 
-def test_point_scores_are_those_of_the_metrics():
+def test_point_scores_equal_the_overall_and_class_scores():
     table = predictions(TASK)
     truth, prob = truth_and_prob(table, TASK)
     decided = decide(prob, TASK)
@@ -67,60 +66,61 @@ def test_point_scores_are_those_of_the_metrics():
             assert found[f"{label}.{name}"] == pytest.approx(scores[name], abs=1e-12)
 
 
-def test_a_cells_score_is_the_mean_over_seeds_with_the_leaderboards_interval():
+def test_a_mean_over_seeds_has_the_interval_of_the_leaderboard():
     tables = [predictions(TASK, seed=s) for s in (0, 1, 2)]
-    cell = scored(*tables)
+    configuration = scored(*tables)
     each = [point_scores(table, TASK)["macro_auroc"] for table in tables]
-    assert cell.value("macro_auroc") == pytest.approx(np.mean(each), abs=1e-12)
-    (standing,) = leaderboard({"a": tables}, TASK, "macro_auroc", resamples=RESAMPLES)
-    assert mean_score(cell, "macro_auroc") == pytest.approx(standing.interval)
+    assert configuration.value("macro_auroc") == pytest.approx(np.mean(each), abs=1e-12)
+    scores = score_configurations({"a": tables}, TASK, resamples=RESAMPLES)
+    (ranked,) = leaderboard(scores, [], "macro_auroc")
+    assert mean_score(configuration, "macro_auroc") == pytest.approx(ranked.interval)
 
 
-def test_the_interval_of_a_single_seed_is_that_of_its_table():
+def test_a_single_seed_has_the_interval_of_its_table():
     table = predictions(TASK)
     expected = score_intervals(table, TASK, resamples=RESAMPLES)
-    cell = scored(table)
+    configuration = scored(table)
     for name in ("accuracy", "covid.sensitivity", "macro_auroc", "brier"):
-        assert mean_score(cell, name) == pytest.approx(expected[name])
+        assert mean_score(configuration, name) == pytest.approx(expected[name])
 
 
-def test_a_difference_is_that_of_the_paired_comparison():
+def test_a_mean_difference_of_one_pair_equals_its_comparison():
     a, b = ([predictions(TASK, skill=skill, seed=s) for s in (0, 1)] for skill in (2.0, 1.0))
-    (expected,) = compare_cells({"a": a, "b": b}, TASK, resamples=RESAMPLES)
+    (expected,) = compare_configurations(score_configurations({"a": a, "b": b}, TASK, resamples=RESAMPLES))
     found = mean_difference([(scored(*a), scored(*b))], "balanced_accuracy")
     assert found == pytest.approx(expected.difference)
     assert found.low < found.value < found.high
 
 
-def test_a_difference_of_cells_that_make_no_error_has_an_interval_of_some_width():
+def test_a_difference_of_models_without_errors_has_an_interval_around_zero():
     perfect = predictions(TASK, skill=50.0)
     found = mean_difference([(scored(perfect), scored(perfect))], "accuracy")
     assert found.value == 0
     assert found.low < 0 < found.high
 
 
-def test_main_effects_average_over_matched_cells_alone():
+def test_main_effects_average_over_matched_configurations():
     skill = {"A": {"x": 1.0, "y": 2.0}, "B": {"x": 1.5, "y": 2.5}}
-    cells = {f"{a}{b}": scored(predictions(TASK, skill=s)) for a, row in skill.items() for b, s in row.items()}
-    axes = {name: {"first": name[0], "second": name[1]} for name in cells}
-    cells["Cx"], axes["Cx"] = scored(predictions(TASK, skill=3.0)), {"first": "C", "second": "x"}
-    found = {(e.first, e.second): e for e in main_effects(cells, axes, "first", "accuracy")}
+    configurations = {f"{a}{b}": scored(predictions(TASK, skill=s)) for a, row in skill.items() for b, s in row.items()}
+    axes = {name: {"first": name[0], "second": name[1]} for name in configurations}
+    configurations["Cx"], axes["Cx"] = scored(predictions(TASK, skill=3.0)), {"first": "C", "second": "x"}
+    found = {(e.first, e.second): e for e in main_effects(configurations, axes, "first", "accuracy")}
     assert set(found) == {("B", "A"), ("C", "A"), ("C", "B")}
     assert found["B", "A"].pairs == (("Bx", "Ax"), ("By", "Ay"))
-    expected = np.mean([cells["Bx"].value("accuracy") - cells["Ax"].value("accuracy"),
-                        cells["By"].value("accuracy") - cells["Ay"].value("accuracy")])  # fmt: skip
+    values = {name: scores.value("accuracy") for name, scores in configurations.items()}
+    expected = np.mean([values["Bx"] - values["Ax"], values["By"] - values["Ay"]])
     assert found["B", "A"].difference.value == pytest.approx(expected, abs=1e-12)
     assert found["C", "A"].pairs == (("Cx", "Ax"),)
-    # Of 2 cells the average scatters less than either difference alone.
-    alone = mean_difference([(cells["Bx"], cells["Ax"])], "accuracy")
+    # The mean of two differences varies less than one of them.
+    alone = mean_difference([(configurations["Bx"], configurations["Ax"])], "accuracy")
     both = found["B", "A"].difference
     assert both.high - both.low < alone.high - alone.low
 
 
-def test_levels_without_matched_cells_have_no_effect():
-    cells = {name: scored(predictions(TASK, skill=s)) for name, s in (("Ax", 1.0), ("By", 2.0))}
-    axes = {name: {"first": name[0], "second": name[1]} for name in cells}
-    assert main_effects(cells, axes, "first", "accuracy") == []
+def test_levels_without_matched_configurations_have_no_effect():
+    configurations = {name: scored(predictions(TASK, skill=s)) for name, s in (("Ax", 1.0), ("By", 2.0))}
+    axes = {name: {"first": name[0], "second": name[1]} for name in configurations}
+    assert main_effects(configurations, axes, "first", "accuracy") == []
 
 
 def test_the_variance_split_recovers_its_components():
@@ -133,13 +133,13 @@ def test_the_variance_split_recovers_its_components():
         drawn = rng.normal(0, test_sd, 400) + rng.normal(0, both_sd, (n_seeds, 400))
         here = rng.normal(0, test_sd) + rng.normal(0, both_sd, n_seeds)
         found.append(split_variance(0.8 + of_seed + here, 0.8 + of_seed[:, None] + drawn))
-    # What was clipped at 0 lifts the seed's mean a little.
+    # Clipping at 0 raises the mean of the seed component slightly.
     assert np.mean([f.seed for f in found]) == pytest.approx(seed_sd**2, rel=0.1)
     assert np.mean([f.test for f in found]) == pytest.approx(test_sd**2, rel=0.05)
     assert np.mean([f.both for f in found]) == pytest.approx(both_sd**2, rel=0.05)
 
 
-def test_variance_that_is_all_of_one_kind():
+def test_variance_with_a_single_component():
     draws = np.random.default_rng(0).normal(size=500)
     same = split_variance(np.array([0.8, 0.8]), np.stack([draws, draws]))
     assert (same.seed, same.both) == (0.0, pytest.approx(0.0, abs=1e-12))

@@ -1,12 +1,12 @@
-"""Measure how often the input screen of a finished run flags radiographs, altered copies of them and other images.
+"""Measure how often the OOD checks of a finished run flag radiographs, altered copies of them and other images.
 
-OMP_NUM_THREADS=1 python -m tools.simulations.screen run=FOLDER [manifest=CSV]... [folder=FOLDER]... >> docs/screen.md
+OMP_NUM_THREADS=1 python -m tools.simulations.ood run=FOLDER [manifest=CSV]... [folder=FOLDER]... >> docs/ood.md
 
-The screen is fitted again to the run's training and validation images.
+The checks are fitted again to the run's training and validation images.
 
-run: folder of the run, as for `evaluate`.
-manifest: radiographs of another set. Images whose file name or patient is also in the run's own set are left out.
-folder: images of any kind.
+run: The run folder, as for `evaluate`.
+manifest: Radiographs of another data set. Images whose file name or patient is also in the run's data set are left out.
+folder: Images of any kind.
 """
 
 import platform
@@ -30,53 +30,58 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_sample_images
 
-from covid_cls.artifact.screen import ALPHA, REASONS, Screen, fit_screen
+from covid_cls.bundle.ood import ALPHA, REASONS, OodDetector, fit_ood
 from covid_cls.data.datamodule import Radiographs
+from covid_cls.data.image_source import DataSettings
 from covid_cls.data.limits import BadImage
 from covid_cls.data.manifest import files_below, read_manifest
-from covid_cls.data.phantom import build_phantoms
+from covid_cls.data.phantoms import build_phantoms
 from covid_cls.data.readers import grey_of, read_image
 from covid_cls.data.store import default_cache, draw_on_canvas
 from covid_cls.evaluation.intervals import proportion_interval
 from covid_cls.evaluation.predictions import finished_run
-from covid_cls.labels import TASKS
-from covid_cls.models.scorer import Scorer
+from covid_cls.models.inference import Scorer
 from covid_cls.models.transforms import Augment
+from covid_cls.tasks import TASKS
 from covid_cls.training.checkpoints import load_classifier
 
-Pictures = list[NDArray[np.uint8]]  # grey levels, any size
+# Grey images of any size.
+Pictures = list[NDArray[np.uint8]]
 
-MOST = 200  # images per set, sampled with seed 0
+# Images per set at most, sampled with seed 0.
+MAX_IMAGES = 200
+# Test files of pydicom with other modalities and encodings.
 DICOM = ("CT_small", "MR_small", "693_J2KI", "liver_1frame", "JPGExtended", "examples_rgb_color", "examples_palette")
 WORDS = "fever and cough for six days with bilateral opacities on the plain film the laboratory results follow"
 
 
 def radiographs(manifest: Path, own: pd.DataFrame) -> dict[str, Pictures]:
-    """Return at most `MOST` readable images of each source of a manifest, without those in `own`."""
+    """Return at most `MAX_IMAGES` readable images of each source of a manifest, without those in `own`."""
     table = read_manifest(manifest)
     names = set(own["path"].map(lambda path: Path(path).name))
     known = table["path"].map(lambda path: Path(path).name in names) | table["patient_id"].isin(own["patient_id"])
     found = {}
     for source, part in table[~known].groupby("source"):
-        drawn = part.sample(min(MOST, len(part)), random_state=0)
-        found[f"{manifest.parent.name}: {source}"] = list(_readable(map(Path, drawn["file"])))
+        sample = part.sample(min(MAX_IMAGES, len(part)), random_state=0)
+        found[f"{manifest.parent.name}: {source}"] = list(_readable(map(Path, sample["file"])))
     return found
 
 
 def phantoms() -> Pictures:
     """Return phantoms with a seed that no run uses by default."""
-    folder = default_cache() / "phantoms" / "screen"
-    return list(_readable(map(Path, read_manifest(build_phantoms(folder, images=MOST // 2, seed=99))["file"])))
+    folder = default_cache() / "phantoms" / "ood"
+    return list(_readable(map(Path, read_manifest(build_phantoms(folder, images=MAX_IMAGES // 2, seed=99))["file"])))
 
 
 def copies(squares: NDArray[np.uint8], rng: Generator) -> dict[str, NDArray[np.uint8]]:
     """Return altered copies of radiographs, shape (n, S, S).
 
-    The screen should find those that are inverted or rotated by multiples of 90°. The last three are changes that it
-    is not made for.
+    The checks should flag those that are inverted or rotated by multiples of 90°. They are not made for the last three
+    changes.
     """
     side = squares.shape[1]
     tilt = cv2.getRotationMatrix2D((side / 2, side / 2), 30, 1)
+    # Corners of random squares with half the side.
     places = rng.integers(side // 2, size=(len(squares), 2))
     corners = [one[y : y + side // 2, x : x + side // 2] for one, (y, x) in zip(squares, places, strict=True)]
     return {
@@ -90,7 +95,8 @@ def copies(squares: NDArray[np.uint8], rng: Generator) -> dict[str, NDArray[np.u
 
 
 def others(rng: Generator) -> dict[str, Pictures]:
-    """Return images that are not radiographs, from installed packages or generated."""
+    """Return images that are not chest radiographs, generated or from installed packages."""
+    # Only what is installed anyway, so that the measurement can be repeated without downloads.
     samples = Path(matplotlib.get_data_path()) / "sample_data"
     photos = [_grey(image) for image in load_sample_images().images]
     photos.append(grey_of(Image.open(samples / "grace_hopper.jpg")))
@@ -105,7 +111,7 @@ def others(rng: Generator) -> dict[str, Pictures]:
         "CT, MR, ultrasound (pydicom's files)": list(_readable(files)),
         "pages of text": [_page(rng, dark=k % 4 == 3) for k in range(20)],
         "plots": [_plot(rng, k) for k in range(12)],
-        "noise, sharp to smooth": [_stretched(image) for image in noise],
+        "noise, sharp to smooth": [_full_contrast(image) for image in noise],
         "grey ramps": [image.clip(0, 255).astype(np.uint8) for image in ramps],
         "one grey level": [np.full((224, 224), level, np.uint8) for level in (0, 1, 64, 128, 254, 255)],
     }
@@ -116,6 +122,7 @@ def _readable(files: Iterator[Path] | list[Path]) -> Iterator[NDArray[np.uint8]]
         try:
             yield read_image(file)
         except BadImage as error:
+            # To stderr, because stdout is appended to the document.
             print(f"left out: {file.name}: {error}", file=sys.stderr)
 
 
@@ -123,7 +130,7 @@ def _grey(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return grey_of(Image.fromarray(image))
 
 
-def _stretched(image: NDArray[Any]) -> NDArray[np.uint8]:
+def _full_contrast(image: NDArray[Any]) -> NDArray[np.uint8]:
     return np.asarray(255 * (image - image.min()) / np.ptp(image)).astype(np.uint8)
 
 
@@ -154,17 +161,23 @@ def _plot(rng: Generator, kind: int) -> NDArray[np.uint8]:
     return _grey(np.asarray(canvas.buffer_rgba())[..., :3])  # type: ignore[no-untyped-call]
 
 
-class Measured:
-    """A run's network with a screen fitted to its data; gives one row of the table per set of images."""
+class OodMeasurement:
+    """A run's network with OOD checks that are fitted to its data.
+
+    Attributes:
+        scorer: The network.
+        detector: The checks.
+        fitted_in: CPU time that the fit took, in seconds.
+    """
 
     def __init__(self, scorer: Scorer, data: Radiographs) -> None:
         self.scorer = scorer
         started = time.process_time()
-        self.screen = Screen(fit_screen(scorer, data))
+        self.detector = OodDetector(fit_ood(scorer, data))
         self.fitted_in = time.process_time() - started
 
-    def drawn(self, pictures: Pictures) -> NDArray[np.uint8]:
-        """Return the square images that the network gets for pictures of any size."""
+    def network_inputs(self, pictures: Pictures) -> NDArray[np.uint8]:
+        """Return the square images, shape (n, S, S), that the network receives for pictures of any size."""
         view = self.scorer.preprocess
         return np.stack([draw_on_canvas(one, view.size, view.crop) for one in pictures])
 
@@ -175,7 +188,7 @@ class Measured:
         for start in range(0, len(squares), 32):
             batch = np.ascontiguousarray(squares[start : start + 32])
             embedding = self.scorer.embed(torch.from_numpy(batch).unsqueeze(1).to(self.scorer.device))[1]
-            flags += self.screen.reasons(batch, embedding.cpu().numpy())
+            flags += self.detector.reasons(batch, embedding.cpu().numpy())
         n, codes = len(flags), Counter(code for found in flags for code in found)
         share = proportion_interval(sum(map(bool, flags)), n)
         counts = " | ".join(f"{100 * codes[code] / n:.1f}" for code in REASONS)
@@ -183,16 +196,17 @@ class Measured:
 
 
 def main(words: list[str]) -> None:
-    """Print the tables for docs/screen.md."""
+    """Print the tables for docs/ood.md."""
     given = [word.partition("=")[::2] for word in words]
     (folder,) = (Path(value) for key, value in given if key == "run")
     run, task = finished_run(folder)
     config: dict[str, Any] = run["config"]
     scorer = load_classifier(folder / "checkpoints" / "best.ckpt").scorer()
     canvas = Augment(**config["augment"]).canvas(scorer.preprocess.crop)
-    data = Radiographs(TASKS[task.name], canvas, config["seed"], **config["data"])
-    measured, rng = Measured(scorer, data), np.random.default_rng(0)
+    data = Radiographs(TASKS[task.name], canvas, config["seed"], DataSettings(**config["data"]))
+    measured, rng = OodMeasurement(scorer, data), np.random.default_rng(0)
     test = data.dataset("test")[range(len(data.dataset("test")))].x
+    # The test split as grey levels, which the network's transforms have converted to floats.
     squares = (255 * scorer.preprocess.centre(test)).round().byte()[:, 0].cpu().numpy()
     print(f"\n### {folder.name}\n")
     print(
@@ -204,7 +218,7 @@ def main(words: list[str]) -> None:
     print(measured.row("own test split", squares), flush=True)
     for path in (Path(value) for key, value in given if key == "manifest"):
         for name, pictures in radiographs(path, data.table).items():
-            print(measured.row(name, measured.drawn(pictures)), flush=True)
+            print(measured.row(name, measured.network_inputs(pictures)), flush=True)
     for name, changed in copies(squares, rng).items():
         print(measured.row(f"own test split, {name}", changed), flush=True)
     sets = others(rng)
@@ -213,7 +227,7 @@ def main(words: list[str]) -> None:
     if config["data"]["kind"] != "phantom":
         sets["phantoms"] = phantoms()
     for name, pictures in sets.items():
-        print(measured.row(name, measured.drawn(pictures)), flush=True)
+        print(measured.row(name, measured.network_inputs(pictures)), flush=True)
 
 
 if __name__ == "__main__":
