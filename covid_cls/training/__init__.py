@@ -1,1 +1,1 @@
-"""The LightningModule, its optimisers, callbacks and checkpoints."""
+"""Training: the LightningModule, optimizers, callbacks, checkpoints, run folders and the feature cache."""

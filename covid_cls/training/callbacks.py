@@ -1,7 +1,10 @@
-"""What watches a run: its history, its speed, and whether its numbers are still finite."""
+"""Callbacks of a fit: safe interruption, a check for nan, the history of the epochs and a progress bar."""
 
 import logging
 import re
+import signal
+import subprocess
+import threading
 import time
 import warnings
 from typing import Any
@@ -12,15 +15,15 @@ from pytorch_lightning.callbacks import Callback, RichProgressBar
 from torch import Tensor
 
 from covid_cls.errors import NonFiniteError
-from covid_cls.training.classifier import Classifier
+from covid_cls.system import safe_point
+from covid_cls.training.module import Classifier
 
 log = logging.getLogger(__name__)
 
-
-# What Lightning says of choices that are meant: images come from memory, frozen stages are in eval mode, scalars are
-# logged once an epoch, the classifier prepares its batches, torchmetrics gather over processes by themselves, a resumed
-# run finds its checkpoints where it left them.
-_MEANT = (
+# Lightning's warnings about choices that are intended: images come from memory, frozen stages are in eval mode, scalars
+# are logged once per epoch, the classifier prepares its batches, torchmetrics gather over processes, and a resumed run
+# finds its own checkpoints.
+_INTENDED = (
     "does not have many workers",
     "in eval mode at the start of training",
     "smaller than the logging interval",
@@ -32,38 +35,77 @@ _MEANT = (
 
 
 def quiet_lightning() -> None:
-    """Keep Lightning's remarks on what is meant, and its advertisements, out of the log."""
+    """Suppress Lightning's advertisements and its warnings about intended choices."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    for words in _MEANT:
-        warnings.filterwarnings("ignore", message=f".*{re.escape(words)}")
+    for text in _INTENDED:
+        warnings.filterwarnings("ignore", message=f".*{re.escape(text)}")
+
+
+class SafePoints(Callback):
+    """Ends a fit within `system.deferred` after the step in which a signal arrived.
+
+    Only the first process of a distributed run reacts: the others must not leave a step in which it waits for them, and
+    they end with it.
+    """
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember the SIGTERM handler before Lightning replaces it."""
+        self._handler = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Restore the SIGTERM handler."""
+        # With Lightning's handler the processes would end independently of each other.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._handler)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Raise Interrupted if a signal has arrived."""
+        if trainer.is_global_zero:
+            safe_point()
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Raise Interrupted if a signal has arrived."""
+        self.on_train_batch_end(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Kill the processes that Lightning started for this fit if a signal ends it, and wait for their end."""
+        if not isinstance(exception, KeyboardInterrupt):
+            return
+        processes: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()
+        # Lightning watches this list and kills the present process, too, when one of its entries is dead.
+        processes.clear()
 
 
 class FiniteCheck(Callback):
-    """Stops a run whose loss or weights are no longer finite, before a checkpoint of them is written.
+    """Stops a run whose loss or weights are not finite, before they are written to a checkpoint.
 
-    A network of nans predicts class 0 throughout, with a finite accuracy. The loss is gathered on the device and looked
-    at every `every` steps: a look makes a GPU wait.
+    Args:
+        every: Steps between two checks of the loss on a GPU, because each check makes the GPU wait.
     """
+
+    # Without this check, a network of nans would predict class 0 for all images, with a finite accuracy.
 
     def __init__(self, every: int = 50) -> None:
         self.every = every
         self._broken: Tensor | None = None
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Look at the loss of this step."""
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Accumulate on the device whether the loss is finite, and check that regularly."""
         broken = ~torch.isfinite(outputs["loss"].detach())
         self._broken = broken if self._broken is None else self._broken | broken
         if (batch_idx + 1) % self.every == 0 or broken.device.type == "cpu":
             self._stop_if(bool(self._broken), trainer, "training loss")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at the epoch's losses and weights; runs before any checkpoint."""
+        """Check the losses of the epoch and the weights; Lightning calls this before it saves a checkpoint."""
         self._stop_if(self._broken is not None and bool(self._broken), trainer, "training loss")
         validation = trainer.callback_metrics.get("loss/val")
         self._stop_if(validation is not None and not bool(torch.isfinite(validation)), trainer, "validation loss")
-        # A sum is finite only if all of its terms are, and takes half the time of asking each.
+        # A sum is finite only if all of its terms are. This takes half the time of checking each term.
         sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in pl_module.state_dict().values()])
         self._stop_if(not bool(torch.isfinite(sums).all()), trainer, "weights")
 
@@ -71,88 +113,84 @@ class FiniteCheck(Callback):
         if broken:
             rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
             raise NonFiniteError(
-                f"the {what} became nan or inf in epoch {trainer.current_epoch}, step {trainer.global_step} "
-                f"(learning rates {rates}); lower optimizer.lr, lengthen scheduler.warmup_epochs or use "
+                f"the {what} became nan or inf in epoch {trainer.current_epoch + 1}, step {trainer.global_step} "
+                f"(learning rates {rates}). Reduce optimizer.lr, increase scheduler.warmup_epochs or set "
                 "trainer.precision=32-true, then start the command again"
             )
 
 
 class EpochHistory(Callback):
-    """Every epoch's numbers, one line each in the log, kept in the checkpoint so that a resumed run has them all.
+    """The metrics of every epoch: logged, sent to the loggers, and kept in the checkpoint for resumed runs.
 
-    rows: dicts of floats with `epoch`, `seconds`, `images_per_second`, `lr/<group>` and all logged metrics.
+    Attributes:
+        rows: One dict of floats per epoch, with `epoch` (from 0), `seconds`, `speed/images_per_second`, `lr/<group>`
+            and all metrics.
+        images_per_second: Training speed of the present epoch.
     """
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
         self.images_per_second = 0.0
-        self._started = self._seen = 0.0
+        self._start, self._images = 0.0, 0
         self._rates: dict[str, float] = {}
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock; note the rates, which some schedules have moved on by the epoch's end."""
+        """Start the clock, and remember the learning rates, which some schedules change before the epoch ends."""
         self._rates = {f"lr/{g['name']}": float(g["lr"]) for o in trainer.optimizers for g in o.param_groups}
-        self._started, self._seen = time.perf_counter(), 0
+        self._start, self._images = time.perf_counter(), 0
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Count the batch's images over all processes."""
-        if self._seen == 0 and not self.rows:
-            log.info(f"first step taken; {trainer.num_training_batches} of them make an epoch")
-        self._seen += len(batch.y) * trainer.world_size
-        self.images_per_second = self._seen / (time.perf_counter() - self._started)
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count the images of all processes."""
+        if self._images == 0 and not self.rows:
+            log.info("training started (%s steps per epoch)", trainer.num_training_batches)
+        self._images += len(batch.y) * trainer.world_size
+        self.images_per_second = self._images / (time.perf_counter() - self._start)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Classifier) -> None:  # type: ignore[override]
-        """Log and keep the epoch's numbers."""
-        seconds = time.perf_counter() - self._started
-        extra: dict[str, Any] = {
-            **pl_module.epoch_scalars(),
-            **self._rates,
-            "speed/images_per_second": self.images_per_second,
-        }
+        """Log and keep the metrics of the epoch."""
+        seconds = time.perf_counter() - self._start
+        extra: dict[str, Any] = {**pl_module.epoch_scalars(), **self._rates}
+        extra["speed/images_per_second"] = self.images_per_second
         numbers = {key: float(value) for key, value in {**trainer.callback_metrics, **extra}.items()}
-        shown = [key for key in extra if key.count("/") < 2]  # training numbers of each class stay in history.csv
-        for logger in trainer.loggers:  # straight there: Lightning's own way takes 0.7 ms a number
-            # At the step where Lightning puts the validation's numbers: the last one taken, counted from zero.
-            logger.log_metrics({key: numbers[key] for key in shown}, trainer.global_step - 1)
+        # The training metrics of single classes are in history.csv only.
+        logged = {key: numbers[key] for key in extra if key.count("/") < 2}
+        for logger in trainer.loggers:
+            # Lightning's own way takes 0.7 ms per number. The step is the one at which it logs validation metrics: the
+            # last step, counted from zero.
+            logger.log_metrics(logged, trainer.global_step - 1)
         self.rows.append({"epoch": trainer.current_epoch, "seconds": seconds, **numbers})
-        log.info(self._line(trainer, numbers))
+        loss, auroc, accuracy = (numbers.get(f"{name}/val", float("nan")) for name in ("loss", "auroc", "accuracy"))
+        log.info(
+            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  loss {numbers['loss/train']:.4f} "
+            f"(val {loss:.4f})  val auroc {auroc:.4f}  accuracy {accuracy:.4f}  "
+            f"{self.images_per_second:.0f} images/s  {self.time_left(trainer)} left"
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows so far."""
+        """Return the rows for a checkpoint."""
         return {"rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the rows of a run that is resumed."""
+        """Continue with the rows of a checkpoint."""
         self.rows = list(state_dict["rows"])
 
-    def seconds_left(self, trainer: pl.Trainer) -> float:
-        """Training and validation time that is left if no epoch is spared, from the epochs so far."""
-        done = [row["seconds"] for row in self.rows] or [time.perf_counter() - self._started]
-        return sum(done) / len(done) * ((trainer.max_epochs or 0) - len(self.rows))
-
-    def _line(self, trainer: pl.Trainer, n: dict[str, float]) -> str:
-        left = self.seconds_left(trainer)
-        return (
-            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  "
-            f"loss {n['loss/train']:.4f} (val {n.get('loss/val', float('nan')):.4f})  "
-            f"val auroc {n.get('auroc/val', float('nan')):.4f}  accuracy {n.get('accuracy/val', float('nan')):.4f}  "
-            f"{self.images_per_second:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left"
-        )
+    def time_left(self, trainer: pl.Trainer) -> str:
+        """Return the time until the last epoch ends as m:ss, estimated from the epochs so far."""
+        done = [row["seconds"] for row in self.rows] or [time.perf_counter() - self._start]
+        left = sum(done) / len(done) * ((trainer.max_epochs or 0) - len(self.rows))
+        return "{}:{:02}".format(*divmod(round(left), 60))
 
 
 class ImagesBar(RichProgressBar):
-    """Lightning's rich progress bar with images/s and the whole run's time left."""
+    """Lightning's progress bar with images per second and the time left for all epochs."""
 
     def _get_train_description(self, current_epoch: int) -> str:
-        """Epochs counted from one, as in the log."""
+        # Lightning counts epochs from 0; the log counts them from 1.
         return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """What the bar shows behind the batch count."""
+        """Return what the bar shows after the number of batches."""
         history = next(callback for callback in trainer.callbacks if isinstance(callback, EpochHistory))  # type: ignore[attr-defined]
-        left = history.seconds_left(trainer)
-        shown = {"images/s": f"{history.images_per_second:.0f}", "left": f"{left // 60:.0f}:{left % 60:02.0f}"}
-        val = trainer.callback_metrics.get("auroc/val")
-        return shown if val is None else {**shown, "val auroc": f"{val:.3f}"}
+        shown = {"images/s": f"{history.images_per_second:.0f}", "left": history.time_left(trainer)}
+        auroc = trainer.callback_metrics.get("auroc/val")
+        return shown if auroc is None else {**shown, "val auroc": f"{auroc:.3f}"}

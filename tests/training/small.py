@@ -1,4 +1,4 @@
-"""The small set-up that tests share with tools/soak, and how they compare weights."""
+"""The small configuration that tests share with tools/soak, and comparisons of weights."""
 
 import torch
 from torch import Tensor
@@ -9,11 +9,11 @@ __all__ = ["SMALL", "changed", "compose_small", "make_classifier", "make_data", 
 
 
 def snapshot(module: torch.nn.Module) -> dict[str, Tensor]:
-    """A copy of every parameter and persistent buffer."""
+    """Return a copy of every parameter and persistent buffer."""
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
-    """The names of the tensors that are not bit-identical."""
+    """Return the names of the tensors that are not bit-identical."""
     assert before.keys() == after.keys()
     return {name for name in before if not torch.equal(before[name], after[name])}

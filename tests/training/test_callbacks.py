@@ -1,4 +1,4 @@
-"""A run that has become nan stops and keeps its last finite checkpoint; a resumed run is the uninterrupted one."""
+"""A diverged run stops and keeps its last finite checkpoint; a resumed run equals an uninterrupted one."""
 
 import math
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from tests.training.small import compose_small, make_classifier, make_data, make
 
 
 class PoisonTrainingBatch(Callback):
-    """A nan among the pixels of the second batch of epoch `epoch`."""
+    """Sets a pixel of the second batch of an epoch to nan."""
 
     def __init__(self, epoch: int = 1) -> None:
         self.epoch = epoch
@@ -28,7 +28,7 @@ class PoisonTrainingBatch(Callback):
 
 
 class PoisonValidationBatch(PoisonTrainingBatch):
-    """An inf among the pixels of a validation batch."""
+    """Sets a pixel of a validation batch to inf."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         pass
@@ -41,7 +41,7 @@ class PoisonValidationBatch(PoisonTrainingBatch):
 
 
 class PoisonTensor(Callback):
-    """A nan in one tensor of the network, after validation has seen it whole."""
+    """Sets a value of one tensor of the network to nan after validation."""
 
     def __init__(self, name: str, epoch: int = 1) -> None:
         self.name, self.epoch = name, epoch
@@ -53,7 +53,7 @@ class PoisonTensor(Callback):
 
 
 class PoisonGradient(Callback):
-    """An inf in a gradient: the loss of this step is finite, the weights after it are not."""
+    """Sets a gradient to inf: the loss of this step is finite, but not the weights after it."""
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if trainer.current_epoch == 1:
@@ -66,7 +66,7 @@ def finite(contents: dict[str, Any]) -> bool:
 
 CASES = {
     "training loss": (PoisonTrainingBatch(), "training loss", "strategy=fc"),
-    "training loss, whole network": (PoisonTrainingBatch(), "training loss", "strategy=full"),
+    "training loss, all stages": (PoisonTrainingBatch(), "training loss", "strategy=full"),
     "validation": (PoisonValidationBatch(), "validation loss", "strategy=fc"),
     "gradient": (PoisonGradient(), "loss", "strategy=fc"),
     "head weight": (PoisonTensor("head.out.weight"), "weights", "strategy=fc"),
@@ -75,16 +75,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("poison", "says", "strategy"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("poison", "what", "strategy"), CASES.values(), ids=CASES)
 def test_a_run_that_becomes_nan_stops_and_keeps_finite_checkpoints(
-    poison: Callback, says: str, strategy: str, cache: Path, folder: Path
+    poison: Callback, what: str, strategy: str, cache: Path, folder: Path
 ) -> None:
-    # Else a slow epoch would write its last checkpoint twice, and keep the first as the previous one.
+    # Otherwise a slow epoch would write its last checkpoint twice and keep the first one as the previous checkpoint.
     settings = compose_small(strategy, "trainer.max_epochs=3", "checkpoint_seconds=1e9")
     trainer, history = make_trainer(settings, folder, poison)
-    with pytest.raises(NonFiniteError, match=f"the .*{says} became nan or inf in epoch 1") as error:
+    with pytest.raises(NonFiniteError, match=f"the .*{what} became nan or inf in epoch 2") as error:
         trainer.fit(make_classifier(settings), make_data(settings, cache))
-    assert "lower optimizer.lr" in str(error.value)
+    assert "Reduce optimizer.lr" in str(error.value)
     assert [row["epoch"] for row in history.rows] == [0]
     files = sorted((folder / "checkpoints").glob("*.ckpt"))
     assert [file.name for file in files] == ["best.ckpt", "last.ckpt"]
@@ -105,7 +105,7 @@ def test_a_run_that_is_nan_from_the_start_leaves_no_checkpoint(precision: str, c
     assert not history.rows
 
 
-def test_a_rate_that_is_far_too_high_stops_the_run(cache: Path, folder: Path) -> None:
+def test_a_far_too_high_learning_rate_stops_the_run(cache: Path, folder: Path) -> None:
     settings = compose_small("strategy=full", "optimizer.lr=1e12", "scheduler=none", "trainer.max_epochs=4")
     trainer, _ = make_trainer(settings, folder)
     with pytest.raises(NonFiniteError, match=r"learning rates \[1000000000000.0\]"):
@@ -113,12 +113,12 @@ def test_a_rate_that_is_far_too_high_stops_the_run(cache: Path, folder: Path) ->
     assert all(finite(read_checkpoint(file)) for file in folder.rglob("*.ckpt"))
 
 
-class Kill(Exception):  # noqa: N818  # not an error: what a kill does, as far as a process can do it to itself
+class Kill(Exception):  # noqa: N818  # it stands for a kill, not for an error
     pass
 
 
 class KillIn(Callback):
-    """Ends the run in the middle of an epoch, after its first batch."""
+    """Ends the run after the first batch of an epoch."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
@@ -134,12 +134,13 @@ EXACT = ("strategy=full", "augment=cxr", "head.dropout=0.5", "trainer.max_epochs
 def fit(
     folder: Path, cache: Path, *overrides: str, kill_in: int | None = None
 ) -> tuple[dict[str, Tensor], EpochHistory]:
-    """Weights and history at the end of a run that goes on from last.ckpt if there is one."""
+    """Train, from last.ckpt if it exists, and return the weights and the history."""
     settings = compose_small(*EXACT, *overrides)
     data, classifier = make_data(settings, cache), make_classifier(settings)
     trainer, history = make_trainer(settings, folder, *([] if kill_in is None else [KillIn(kill_in)]))
     last = folder / "checkpoints" / "last.ckpt"
-    torch.manual_seed(1234 if last.is_file() else 99)  # what the global generator happens to hold must not matter
+    # The state of the global generator at the start must not matter.
+    torch.manual_seed(1234 if last.is_file() else 99)
     trainer.fit(classifier, data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
     return snapshot(classifier), history
 
@@ -158,7 +159,8 @@ def uninterrupted(
 def test_a_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(
     workers: int, uninterrupted: tuple[dict[str, Tensor], EpochHistory], cache: Path, folder: Path
 ) -> None:
-    expected, whole = uninterrupted  # trained without workers: their number must not matter either
+    # Trained without workers, whose number must not matter either.
+    expected, expected_history = uninterrupted
     with pytest.raises(Kill):
         fit(folder, cache, f"data.workers={workers}", kill_in=2)
     half = read_checkpoint(folder / "checkpoints" / "last.ckpt")
@@ -167,7 +169,7 @@ def test_a_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(
     assert any(not torch.equal(half["state_dict"][name], tensor) for name, tensor in expected.items())
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     assert [row["epoch"] for row in history.rows] == [0, 1, 2, 3]
-    for row, wanted in zip(history.rows, whole.rows, strict=True):
+    for row, wanted in zip(history.rows, expected_history.rows, strict=True):
         timings = {"seconds", "speed/images_per_second"}
         assert row.keys() == wanted.keys()
         assert {k: v for k, v in row.items() if k not in timings} == {
@@ -175,7 +177,7 @@ def test_a_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(
         }
 
 
-def test_the_runs_above_are_not_the_same_whatever_happens(
+def test_another_seed_gives_other_weights(
     uninterrupted: tuple[dict[str, Tensor], EpochHistory], cache: Path, folder: Path
 ) -> None:
     other, _ = fit(folder, cache, "seed=1", "trainer.max_epochs=1")
@@ -183,7 +185,7 @@ def test_the_runs_above_are_not_the_same_whatever_happens(
     assert any(not torch.equal(other[name], expected[name]) for name in expected)
 
 
-def test_a_history_line_carries_the_epochs_numbers(uninterrupted: tuple[dict[str, Tensor], EpochHistory]) -> None:
+def test_a_history_row_has_the_metrics_of_the_epoch(uninterrupted: tuple[dict[str, Tensor], EpochHistory]) -> None:
     _, history = uninterrupted
     wanted = {f"{kind}/{split}" for kind in ("loss", "auroc", "accuracy") for split in ("train", "val")}
     wanted |= {"epoch", "seconds", "speed/images_per_second", "lr/head", "auroc/val/covid", "sensitivity/val/covid"}

@@ -1,4 +1,4 @@
-"""Two processes train the network of one: the same batches, the same mean loss, the same numbers of each image once."""
+"""Two processes train the same network as one: the same batches, mean losses and metrics, each image once."""
 
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 
 from covid_cls.data.dataset import share
-from covid_cls.records import Batch, read_json, write_json
+from covid_cls.io import Batch, read_json, write_json
 from covid_cls.training.checkpoints import read_checkpoint
-from covid_cls.training.classifier import Classifier
+from covid_cls.training.module import Classifier
 from tests.conftest import Command
 from tests.training.small import compose_small, make_classifier
 
-# 28 images to train on, in batches of 5: the last holds 3, of which the second process gets none. 9 to validate on.
+# 28 training images in batches of 5: the last batch has 3, none of which the second process gets. 9 validation images.
 WORDS = (
     "task=three_class",
     "data.images=43",
@@ -29,11 +29,11 @@ WORDS = (
     "trainer.max_epochs=3",
     "callbacks=no_early_stopping",
     "logger=none",
-    "probes=false",
+    "baselines=false",
 )
-ENTRY = 6  # of a ResNet's pooled features
+ENTRY = 6  # the stage after which a ResNet's features are pooled
 TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
-BATCHES = [list(range(9)), [11, 17, 12, 19, 14], [20, 21, 25]]  # shares of 5 and 4, 3 and 2, 3 and none
+BATCHES = [list(range(9)), [11, 17, 12, 19, 14], [20, 21, 25]]  # shares of 5 and 4, 3 and 2, 3 and 0
 LOSSES = [
     ("loss=ce", "task=three_class"),
     ("loss=weighted_ce", "task=three_class"),
@@ -45,20 +45,22 @@ LOSSES = [
 
 def trained(train_process: Command, folder: Path, *words: str) -> Path:
     folder.mkdir(exist_ok=True)
-    done = train_process(folder, *WORDS, *words)  # Lightning starts the second process by the first one's command line
+    # In a real process, because Lightning starts the second one with the command line of the first.
+    done = train_process(folder, *WORDS, *words)
     assert done.returncode == 0, done.stderr
     (record,) = folder.rglob("run.json")
     return record.parent
 
 
 def agree(one: Tensor, two: Tensor) -> None:
-    """To what sums of float32 in another order leave equal: 1e-6 of the largest."""
+    """Assert equality up to 1e-6 of the largest value, since float32 sums are added in another order."""
     torch.testing.assert_close(two, one, rtol=0, atol=1e-6 * max(1e-3, float(one.abs().max())))
 
 
 @pytest.mark.slow(reason="several ranks")
 def test_the_network_of_two_processes_is_that_of_one(train_process: Command, tmp_path: Path) -> None:
-    words = ("backbone=vgg11", "strategy=partial", "loss=weighted_ce", "head.dropout=0")  # no batch norm, no dropout
+    # Neither batch norm nor dropout.
+    words = ("backbone=vgg11", "strategy=partial", "loss=weighted_ce", "head.dropout=0")
     one = trained(train_process, tmp_path / "one", *words, "trainer=cpu")
     two = trained(train_process, tmp_path / "two", *words, *TWO)
     for name in ("best", "last"):
@@ -81,26 +83,26 @@ def test_the_network_of_two_processes_is_that_of_one(train_process: Command, tmp
 
 
 @pytest.mark.slow(reason="several ranks")
-def test_two_processes_train_batch_norm_and_dropout_validate_what_is_saved_and_go_on(
+def test_two_processes_train_batch_norm_and_dropout_validate_the_saved_network_and_continue(
     train_process: Command, tmp_path: Path
 ) -> None:
-    cell = trained(train_process, tmp_path, "backbone=resnet18", "strategy=partial", *TWO)
-    history, table = pd.read_csv(cell / "history.csv"), pd.read_csv(cell / "predictions-val.csv")
+    folder = trained(train_process, tmp_path, "backbone=resnet18", "strategy=partial", *TWO)
+    history, table = pd.read_csv(folder / "history.csv"), pd.read_csv(folder / "predictions-val.csv")
     assert len(table) == table["image_id"].nunique() == 9
     right = np.array([row[f"prob_{row['label']}"] for _, row in table.iterrows()])
     assert history["loss/val"].min() == pytest.approx(-np.log(right).mean(), abs=1e-6)
-    # As one that was killed while predicting leaves it: both processes take up what the first had put on record.
-    write_json(cell / "run.json", read_json(cell / "run.json") | {"status": "running"})
-    predictions = [cell / f"predictions-{split}.csv" for split in ("val", "test")]
+    # The state after a kill during prediction: both processes continue from the record of the first.
+    write_json(folder / "run.json", read_json(folder / "run.json") | {"status": "running"})
+    predictions = [folder / f"predictions-{split}.csv" for split in ("val", "test")]
     contents = [path.read_bytes() for path in predictions]
     for path in predictions:
         path.unlink()
-    assert trained(train_process, tmp_path, "backbone=resnet18", "strategy=partial", *TWO) == cell
+    assert trained(train_process, tmp_path, "backbone=resnet18", "strategy=partial", *TWO) == folder
     assert [path.read_bytes() for path in predictions] == contents
 
 
 def batch_of(positions: list[int]) -> Batch:
-    """Features and classes that depend on their positions alone."""
+    """Return a batch of features and classes that depend on the positions only."""
     features = [torch.randn(512, generator=torch.Generator().manual_seed(position)) for position in positions]
     index = torch.tensor(positions, dtype=torch.int64)
     x = torch.stack(features) if features else torch.empty((0, 512))
@@ -108,7 +110,7 @@ def batch_of(positions: list[int]) -> Batch:
 
 
 def head_gradients(classifier: Classifier, positions: list[int]) -> list[Tensor]:
-    """Of one training step, for the head."""
+    """Return the gradients of the head after one training step."""
     classifier.zero_grad()
     classifier.training_step(batch_of(positions), 0).backward()
     return [p.grad for p in classifier.net.get_submodule("head").parameters() if p.grad is not None]
@@ -120,7 +122,7 @@ def small_classifier(words: tuple[str, ...]) -> Classifier:
 
 
 def steps_of(rank: int, world: int, folder: Path) -> list[Any]:
-    """What process `rank` makes of its shares, for each loss: gradients by batch, and the epoch's numbers."""
+    """Return, for each loss, the gradients per batch and the epoch's metrics of process `rank` from its shares."""
     meet = f"file://{folder}/meet"
     distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
     try:
@@ -140,18 +142,19 @@ def second_process(_: int, folder: Path) -> None:
 
 
 @pytest.mark.slow(reason="several ranks")
-def test_shares_of_any_size_average_to_the_gradient_and_the_numbers_of_the_whole_batch(tmp_path: Path) -> None:
+def test_shares_of_any_size_average_to_the_gradient_and_the_metrics_of_the_full_batch(tmp_path: Path) -> None:
     other = multiprocessing.spawn(second_process, (tmp_path,), join=False)
     first = steps_of(0, 2, tmp_path)
-    while not other.join():  # False where one of several has ended
+    # join() returns False until all processes have ended.
+    while not other.join():
         pass
     second = torch.load(tmp_path / "second.pt", weights_only=True)
     for words, *ranks in zip(LOSSES, first, second, strict=True):
         classifier = small_classifier(words)
         for number, batch in enumerate(BATCHES):
-            whole = head_gradients(classifier, batch)
-            assert len(whole) == 4
-            for parameter, gradient in enumerate(whole):
+            expected = head_gradients(classifier, batch)
+            assert len(expected) == 4
+            for parameter, gradient in enumerate(expected):
                 agree(gradient, sum(gradients[number][parameter] for gradients, _ in ranks) / 2)
         scalars = classifier.epoch_scalars()
         for _, seen in ranks:
@@ -160,19 +163,19 @@ def test_shares_of_any_size_average_to_the_gradient_and_the_numbers_of_the_whole
 
 
 @pytest.mark.parametrize("words", LOSSES, ids=" ".join)
-def test_an_epochs_loss_is_the_mean_over_its_images_however_they_were_batched(words: tuple[str, ...]) -> None:
+def test_an_epochs_loss_does_not_depend_on_how_its_images_were_batched(words: tuple[str, ...]) -> None:
     classifier, images = small_classifier(words), [position for batch in BATCHES for position in batch]
     losses = []
     for batches in (BATCHES, [images], [images[:1], [], images[1:]]):
         for batch in batches:
             classifier.training_step(batch_of(batch), 0)
         losses.append(float(classifier.epoch_scalars()["loss/train"]))
-    whole = batch_of(images)
-    expected = float(classifier.criterion(classifier.net.run(whole.x, start=whole.stage), whole.y).detach())
+    full = batch_of(images)
+    expected = float(classifier.criterion(classifier.net.run(full.x, start=full.stage), full.y).detach())
     assert losses == pytest.approx([expected] * 3, abs=1e-6)
 
 
-def test_processes_draw_dropout_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_draw_different_dropout_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     classifier, drawn = small_classifier(("task=three_class",)), []
     for rank in (0, 1, 0):
         monkeypatch.setattr(Classifier, "global_rank", rank)

@@ -1,4 +1,4 @@
-"""The same seed gives the same bits: whatever kills a run, however many workers it has, wherever it is in a sweep."""
+"""A seed determines every bit of the results: after a kill, with any number of workers, and anywhere in a sweep."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ import pytest
 import torch
 from pytorch_lightning import seed_everything
 
-from covid_cls.cell import train_cell
+from covid_cls.experiment import run_experiment
 from covid_cls.training.checkpoints import read_checkpoint
-from covid_cls.training.run import open_run
+from covid_cls.training.run_folder import open_run
 from tests.conftest import Command
 from tests.training.small import compose_small, make_data
 from tools.soak.kills import WORDS, Start
@@ -18,31 +18,33 @@ SHORT = (*WORDS, "trainer.max_epochs=2")
 
 
 def finished(run: Start) -> dict[str, str]:
-    """The digests of a run's results, once its command has ended, however long that takes."""
+    """Wait until the command of a run has ended, and return the digests of its results."""
     run.process.wait()
     run.end()
     return run.results()
 
 
 @pytest.mark.slow(reason="a process is killed while it trains")
-def test_a_killed_run_goes_on_to_the_bits_of_one_that_was_not(tmp_path: Path) -> None:
-    expected = finished(Start(tmp_path / "whole", 3))
+def test_a_killed_run_continues_to_the_bits_of_an_undisturbed_one(tmp_path: Path) -> None:
+    expected = finished(Start(tmp_path / "undisturbed", 3))
     words = ("data.workers=2", "checkpoint_seconds=0")
     killed = Start(tmp_path / "killed", 3, *words)
     killed.wait_for("epoch 1/")
     workers = killed.kill()
-    again = Start(tmp_path / "killed", 3, *words)  # at once, as an impatient user does
-    psutil.wait_procs(workers)  # they end by themselves
+    # Immediately, as an impatient user does.
+    again = Start(tmp_path / "killed", 3, *words)
+    # The workers exit without being killed.
+    psutil.wait_procs(workers)
     assert finished(again) == expected
 
 
 def trained_here(folder: Path, cache: Path, *words: str) -> Path:
-    """The run of these settings, trained in this very process, whatever was done in it before."""
+    """Train the run of these settings in this process, whatever it has done before, and return its folder."""
     settings = compose_small(*SHORT, *words)
     seed_everything(settings["seed"], verbose=False)
     data = make_data(settings, cache)
     with open_run(folder, settings, data.digest) as run:
-        train_cell(settings, data, run, [])
+        run_experiment(settings, data, run, [])
     return run.folder
 
 
@@ -56,15 +58,17 @@ def assert_same_bits(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow(reason="a sweep starts a process for each run")
-@pytest.mark.filterwarnings("ignore:.*worker processes in total:UserWarning")  # more than this machine has cores
-def test_neither_workers_nor_the_place_in_a_sweep_change_a_bit(
+# The test uses more workers than this machine may have cores.
+@pytest.mark.filterwarnings("ignore:.*worker processes in total:UserWarning")
+def test_neither_workers_nor_the_position_in_a_sweep_change_a_bit(
     train_process: Command, cache: Path, tmp_path: Path
 ) -> None:
     swept = train_process(tmp_path, "-m", *SHORT, "seed=1,0", "data.workers=2", "hydra.launcher.n_jobs=2")
     assert swept.returncode == 0, swept.stderr
-    first, second = sorted((tmp_path / "outputs" / "phantom").iterdir(), key=lambda cell: "-s0-" in cell.name)
+    first, second = sorted((tmp_path / "outputs" / "phantom").iterdir(), key=lambda run: "-s0-" in run.name)
     none, four = (trained_here(tmp_path / n, cache, f"data.workers={n}") for n in ("0", "4"))
     assert_same_bits(none, four)
     assert_same_bits(none, second)
-    with pytest.raises(AssertionError):  # another seed: what is compared can differ
+    # With another seed the compared values do differ.
+    with pytest.raises(AssertionError):
         assert_same_bits(none, first)

@@ -1,11 +1,10 @@
-"""A run's folder is named by what decides its numbers, held by one process, and says how far it came."""
+"""Run folders: their names, the lock of the process that trains, and the record run.json."""
 
 import copy
 import itertools
 import logging
 import os
 import re
-import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -20,12 +19,10 @@ import torch
 from filelock import SoftFileLease
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-import covid_cls
 from covid_cls.errors import InputError
-from covid_cls.records import read_json
-from covid_cls.training import lock
-from covid_cls.training.identity import cell_name, code_digest
-from covid_cls.training.run import open_run
+from covid_cls.io import read_json, write_json
+from covid_cls.training import run_folder
+from covid_cls.training.run_folder import finished_folder, open_run, run_name
 from tests.training.small import compose_small
 from tools.soak.crowd import Member
 from tools.soak.starts import start
@@ -45,12 +42,12 @@ def folder_of(root: Path, settings: dict[str, Any], data_digest: str = "d") -> P
 
 def changed_at(settings: dict[str, Any], key: str, value: object) -> dict[str, Any]:
     *sections, last = key.split(".")
-    whole = copy.deepcopy(settings)
-    part = whole
+    changed = copy.deepcopy(settings)
+    part = changed
     for section in sections:
         part = part[section]
     part[last] = value
-    return whole
+    return changed
 
 
 @pytest.mark.parametrize(
@@ -67,9 +64,9 @@ def changed_at(settings: dict[str, Any], key: str, value: object) -> dict[str, A
     ],
     ids=str,
 )
-def test_a_cell_is_named_by_its_choices(overrides: tuple[str, ...], name: str, tmp_path: Path) -> None:
+def test_a_run_is_named_by_its_choices(overrides: tuple[str, ...], name: str, tmp_path: Path) -> None:
     settings = compose_small(*overrides)
-    assert cell_name(settings) == name
+    assert run_name(settings) == name
     folder = folder_of(tmp_path, settings)
     assert folder.parent == tmp_path
     assert folder.name.startswith(f"{name}-")
@@ -94,7 +91,7 @@ def test_a_cell_is_named_by_its_choices(overrides: tuple[str, ...], name: str, t
         ("callbacks.early_stopping", None),
     ],
 )
-def test_what_decides_the_weights_gives_another_folder(
+def test_settings_that_affect_the_weights_give_another_folder(
     settings: dict[str, Any], tmp_path: Path, key: str, value: object
 ) -> None:
     assert folder_of(tmp_path, settings).name != folder_of(tmp_path, changed_at(settings, key, value)).name
@@ -113,13 +110,13 @@ def test_what_decides_the_weights_gives_another_folder(
         ("data.path", "/other/place.csv"),
     ],
 )
-def test_what_decides_no_number_gives_the_same_folder(
+def test_settings_that_affect_no_result_give_the_same_folder(
     settings: dict[str, Any], tmp_path: Path, key: str, value: object
 ) -> None:
     assert folder_of(tmp_path, settings) == folder_of(tmp_path, changed_at(settings, key, value))
 
 
-def test_the_order_of_the_settings_does_not_count(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_the_order_of_the_settings_does_not_matter(settings: dict[str, Any], tmp_path: Path) -> None:
     assert folder_of(tmp_path, settings) == folder_of(tmp_path, dict(reversed(settings.items())))
 
 
@@ -127,47 +124,49 @@ def test_other_data_give_another_folder(settings: dict[str, Any], tmp_path: Path
     assert folder_of(tmp_path, settings, "d") != folder_of(tmp_path, settings, "e")
 
 
-@pytest.mark.parametrize(
-    ("file", "counts"),
-    [
-        ("labels.py", True),
-        ("models/losses.py", True),
-        ("data/store.py", True),
-        ("training/optim.py", True),
-        ("reporting/figures.py", False),
-        ("evaluation/metrics.py", False),
-        ("train.py", False),
-    ],
-)
-def test_code_that_decides_weights_gives_another_folder(
-    settings: dict[str, Any], tmp_path: Path, file: str, counts: bool, monkeypatch: pytest.MonkeyPatch
+def test_another_version_of_training_gives_another_folder(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package = tmp_path / "covid_cls"
-    shutil.copytree(Path(covid_cls.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    before, digest = folder_of(tmp_path, settings), code_digest()
-    monkeypatch.setattr(covid_cls, "__file__", str(package / "__init__.py"))
-    assert code_digest() == digest  # of the content, not of the place
-    with (package / file).open("a") as source:
-        source.write("# another comment\n")
-    assert (folder_of(tmp_path, settings) != before) == counts
+    before = folder_of(tmp_path, settings)
+    monkeypatch.setattr(run_folder, "TRAINING_VERSION", run_folder.TRAINING_VERSION + 1)
+    assert folder_of(tmp_path, settings) != before
 
 
-def test_a_run_that_comes_to_its_end_is_finished(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_of_version_0_1_0_is_reported_and_trained_again(
+    settings: dict[str, Any], cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = changed_at(changed_at(settings, "output_root", str(tmp_path)), "data.cache", str(cache))
+    former = tmp_path / "phantom" / f"{run_name(settings)}-0123abcd"
+    write_json(former / "run.json", {"status": "finished", "digests": {"config": "c", "data": "d", "code": "e"}})
+    assert finished_folder(settings, "phantom") is None
+    caplog.set_level("INFO")
+    with open_run(former.parent, settings, "d") as run:
+        assert (run.folder == former, run.finished) == (False, False)
+        with run.training():
+            pass
+    assert f"{former.name}: trained by covid_cls 0.1.0" in caplog.text
+    caplog.clear()
+    with open_run(former.parent, settings, "d") as again:
+        assert again.finished
+    assert former.name not in caplog.text
+
+
+def test_a_run_that_ends_normally_is_finished(settings: dict[str, Any], tmp_path: Path) -> None:
     with open_run(tmp_path, settings, "d") as run:
         assert (run.finished, run.record["status"]) == (False, "new")
         with run.training():
             assert read_json(run.folder / "run.json")["status"] == "running"
-            logging.getLogger("covid_cls").warning("said while training")
+            logging.getLogger("covid_cls").warning("logged while training")
         assert run.finished
     record = read_json(run.folder / "run.json")
     assert record["status"] == "finished"
     assert record["cell"] == run.folder.name
     assert record["config"] == settings
     assert record["digests"]["data"] == "d"
-    assert set(record["digests"]) == {"config", "data", "code"}
+    assert set(record["digests"]) == {"config", "data", "training"}
     assert record["started"] <= record["ended"]
     assert record["versions"]["torch"]
-    assert "said while training" in (run.folder / "run.log").read_text()
+    assert "logged while training" in (run.folder / "run.log").read_text()
     with open_run(tmp_path, settings, "d") as again:
         assert again.finished
 
@@ -176,7 +175,7 @@ def test_a_run_that_comes_to_its_end_is_finished(settings: dict[str, Any], tmp_p
     ("error", "status", "reason"),
     [
         (ValueError("no such thing"), "failed", "ValueError: no such thing"),
-        (InputError("mend the file"), "failed", "InputError: mend the file"),
+        (InputError("fix the file"), "failed", "InputError: fix the file"),
         (MemoryError(), "failed", "MemoryError: "),
         (KeyboardInterrupt(), "interrupted", "KeyboardInterrupt"),
         (SystemExit(1), "interrupted", "SystemExit"),
@@ -184,7 +183,7 @@ def test_a_run_that_comes_to_its_end_is_finished(settings: dict[str, Any], tmp_p
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-def test_a_run_that_breaks_off_says_why_and_can_go_on(
+def test_a_run_that_stops_records_the_reason_and_can_be_continued(
     error: BaseException, status: str, reason: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises(type(error)), open_run(tmp_path, settings, "d") as run, run.training():  # noqa: PT012
@@ -211,7 +210,7 @@ def test_a_finished_run_does_not_keep_the_reason_of_an_earlier_failure(
     assert "reason" not in read_json(run.folder / "run.json")
 
 
-def test_the_last_checkpoint_is_what_a_run_goes_on_from(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_continues_from_the_last_checkpoint(settings: dict[str, Any], tmp_path: Path) -> None:
     with open_run(tmp_path, settings, "d") as run:
         assert run.last_checkpoint() == (None, {})
         (run.folder / "checkpoints").mkdir()
@@ -222,13 +221,13 @@ def test_the_last_checkpoint_is_what_a_run_goes_on_from(settings: dict[str, Any]
         assert torch.equal(found["state_dict"]["weight"], torch.ones(2))
 
 
-HOUR = 3600.0  # no test is so slow that a process which lives is taken for dead meanwhile
+HOUR = 3600.0  # no test is so slow that a living process is regarded as dead in the meantime
 
 
-def hold(connection: Connection, root: Path, settings: dict[str, Any], host: str, silence: float) -> None:
-    """In a process of its own, which believes to be on `host`: trains the cell until it is told."""
+def hold(connection: Connection, root: Path, settings: dict[str, Any], host: str, timeout: float) -> None:
+    """In a separate process that reports the host name `host`: open the run until the parent sends a message."""
     socket.gethostname = lambda: host
-    lock._SILENCE = silence
+    run_folder._TIMEOUT = timeout
     with open_run(root, settings, "d") as run, run.training():
         connection.send("holding")
         connection.recv()
@@ -236,9 +235,11 @@ def hold(connection: Connection, root: Path, settings: dict[str, Any], host: str
 
 
 @contextmanager
-def holder(root: Path, settings: dict[str, Any], host: str = HOST, silence: float = lock._SILENCE) -> Iterator[Member]:
-    """A process that trains the cell."""
-    member = Member(hold, root, settings, host, silence)
+def holder(
+    root: Path, settings: dict[str, Any], host: str = HOST, timeout: float = run_folder._TIMEOUT
+) -> Iterator[Member]:
+    """Yield a process that trains the run."""
+    member = Member(hold, root, settings, host, timeout)
     try:
         assert member.connection.recv() == "holding"
         yield member
@@ -248,12 +249,12 @@ def holder(root: Path, settings: dict[str, Any], host: str = HOST, silence: floa
 
 def refusal(root: Path, settings: dict[str, Any], *, rerun: bool = False) -> str:
     with pytest.raises(InputError) as error, open_run(root, settings, "d", rerun=rerun):
-        pytest.fail("was let in")
+        pytest.fail("the run was opened twice")
     return str(error.value)
 
 
 @pytest.mark.slow(reason="a lock between processes")
-def test_a_second_process_on_the_same_cell_is_refused_until_the_first_is_gone(
+def test_a_second_process_of_the_same_run_is_refused_until_the_first_has_ended(
     settings: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     with holder(tmp_path, settings) as other:
@@ -263,47 +264,51 @@ def test_a_second_process_on_the_same_cell_is_refused_until_the_first_is_gone(
         for rerun in (False, True):
             assert refusal(tmp_path, settings, rerun=rerun) == (
                 f"{record.parent}: process {other.process.pid} on host {HOST} (since {since}) is training "
-                f"this very cell; wait for it or stop it (its lock is {tmp_path / f'.{record.parent.name}.lock'})"
+                f"this run. Wait for it or stop it (its lock is {tmp_path / f'.{record.parent.name}.lock'})"
             )
         assert record.read_bytes() == before
         other.kill()
         request.getfixturevalue("patient")
-        with open_run(tmp_path, settings, "d") as run:  # at once
-            assert run.record["status"] == "running"  # it could not say that it was killed
+        # Without waiting for a timeout.
+        with open_run(tmp_path, settings, "d") as run:
+            # A killed process cannot record that it was killed.
+            assert run.record["status"] == "running"
             assert not run.finished
             with run.training():
                 pass
-    said = f"the start of {since} ended without a word (process {other.process.pid} on host {HOST})"
-    assert said in (run.folder / "run.log").read_text()
-    assert [entry.name for entry in tmp_path.iterdir()] == [run.folder.name]  # no lock is left
+    logged = f"the start of {since} exited without reporting a status (process {other.process.pid} on host {HOST})"
+    assert logged in (run.folder / "run.log").read_text()
+    # No lock is left.
+    assert [entry.name for entry in tmp_path.iterdir()] == [run.folder.name]
 
 
-def after_each_look(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], None]) -> None:
-    """Whenever this process has looked for a sign of life in a lock, let something happen before it looks again."""
-    look = lock._touched
+def after_each_check(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], None]) -> None:
+    """Call `happens` each time after this process has checked a lock for a sign of life."""
+    last_sign = run_folder._last_sign
 
-    def looked(lease: SoftFileLease) -> int | None:
-        found = look(lease)
+    def watched(lease: SoftFileLease) -> int | None:
+        found = last_sign(lease)
         happens()
         return found
 
-    monkeypatch.setattr(lock, "_touched", looked)
+    monkeypatch.setattr(run_folder, "_last_sign", watched)
 
 
 @pytest.mark.slow(reason="a lock between processes")
-def test_a_process_on_another_host_that_gives_a_sign_of_life_is_not_followed(
+def test_the_lock_of_a_living_process_on_another_host_is_not_taken_over(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock, "_SILENCE", HOUR)
+    monkeypatch.setattr(run_folder, "_TIMEOUT", HOUR)
     with holder(tmp_path, settings, "node7", HOUR) as other:
         (marker,) = tmp_path.glob(".*.lock")
         seconds = itertools.count(int(marker.stat().st_mtime) + 1)
-        after_each_look(monkeypatch, lambda: os.utime(marker, (now := next(seconds), now)))  # as its heartbeat does
+        # The heartbeat of a living process does the same.
+        after_each_check(monkeypatch, lambda: os.utime(marker, (now := next(seconds), now)))
         assert f"process {other.process.pid} on host node7 (since " in refusal(tmp_path, settings)
 
 
 @pytest.mark.slow(reason="a lock between processes")
-def test_a_process_on_another_host_is_followed_after_its_silence_and_not_before(
+def test_the_lock_of_a_process_on_another_host_is_taken_over_after_the_timeout_and_not_before(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock, hours = time.monotonic, 0
@@ -312,9 +317,10 @@ def test_a_process_on_another_host_is_followed_after_its_silence_and_not_before(
         nonlocal hours
         hours += 1
 
-    monkeypatch.setattr(lock, "_SILENCE", HOUR)
-    monkeypatch.setattr(time, "monotonic", lambda: clock() + hours * HOUR)  # by which filelock measures the silence
-    after_each_look(monkeypatch, an_hour_later)
+    monkeypatch.setattr(run_folder, "_TIMEOUT", HOUR)
+    # filelock measures the timeout by this clock.
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + hours * HOUR)
+    after_each_check(monkeypatch, an_hour_later)
     with holder(tmp_path, settings, "node7", HOUR) as other:
         other.kill()
         with open_run(tmp_path, settings, "d") as run:
@@ -325,20 +331,20 @@ def test_a_process_on_another_host_is_followed_after_its_silence_and_not_before(
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process asks for a lock until it has it: on a busy machine half a second can be too short."""
+    """Let this process wait for a lock without a time limit: on a busy machine half a second can be too short."""
 
     class Patient(SoftFileLease):
         def acquire(self, timeout: float | None = None, **options: Any) -> Any:
             return super().acquire(-1, **options)
 
-    monkeypatch.setattr(lock, "SoftFileLease", Patient)
+    monkeypatch.setattr(run_folder, "SoftFileLease", Patient)
 
 
 @pytest.mark.slow(reason="a lock between processes")
-def test_who_was_taken_for_dead_ends_and_writes_no_more(
+def test_a_process_that_lost_its_lock_exits_and_writes_nothing(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patient: None
 ) -> None:
-    monkeypatch.setattr(lock, "_SILENCE", 1.0)
+    monkeypatch.setattr(run_folder, "_TIMEOUT", 1.0)
     with holder(tmp_path, settings, "node7", 1.0) as other:
         process = psutil.Process(other.process.pid)
         process.suspend()
@@ -354,13 +360,15 @@ def test_who_was_taken_for_dead_ends_and_writes_no_more(
 
 
 def started_at_once(root: Path, each: list[dict[str, Any]]) -> tuple[list[Member], list[str], list[str]]:
-    """A process for each of these settings, all told to start together; who may train, and what each was told.
+    """Start one process for each of these settings at the same moment.
 
-    That is the run's folder for those who may, and the refusal for the others.
+    Returns:
+        The processes that may train, their run folders, and the error messages of the others.
     """
     members = [Member(start, root, settings) for settings in each]
     for member in members:
-        member.connection.send((0.0, None))  # a moment that is past
+        # The moment is in the past, so each starts at once.
+        member.connection.send((0.0, None))
     answers = [member.connection.recv() for member in members]
     holders = [member for member, (holds, _) in zip(members, answers, strict=True) if holds]
     folders, refusals = ([told for holds, told in answers if holds == wanted] for wanted in (True, False))
@@ -372,11 +380,12 @@ def started_at_once(root: Path, each: list[dict[str, Any]]) -> tuple[list[Member
 
 @pytest.mark.slow(reason="a lock between processes")
 def test_many_starts_at_once_leave_each_run_one_process(settings: dict[str, Any], tmp_path: Path) -> None:
-    for _ in range(2):  # the second time its last process was killed
+    # The second time the run's earlier process was killed.
+    for _ in range(2):
         (one,), (folder,), refusals = started_at_once(tmp_path, [settings] * 5)
         assert len(refusals) == 4
-        # A process that has the lock and has not yet put its name into it is "another process".
-        who = f"(process {one.process.pid} on host {re.escape(HOST)}.*|another process) is training this very cell"
+        # A process that has the lock, but has not yet written its name into it, is "another process".
+        who = f"(process {one.process.pid} on host {re.escape(HOST)}.*|another process) is training this run"
         assert all(re.search(who, refusal) for refusal in refusals), refusals
         assert read_json(Path(folder) / "run.json")["pid"] == one.process.pid
         one.kill()
@@ -389,13 +398,13 @@ def test_many_starts_at_once_leave_each_run_one_process(settings: dict[str, Any]
     assert {read_json(Path(folder) / "run.json")["status"] for folder in folders} == {"finished"}
 
 
-def test_a_second_opening_in_the_same_process_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_opening_a_run_twice_in_one_process_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
     with open_run(tmp_path, settings, "d") as run, run.training():
         assert f"process {os.getpid()} on host" in refusal(tmp_path, settings)
         assert read_json(run.folder / "run.json")["status"] == "running"
 
 
-def test_other_cells_can_be_opened_meanwhile(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_other_runs_can_be_opened_at_the_same_time(settings: dict[str, Any], tmp_path: Path) -> None:
     with open_run(tmp_path, settings, "d") as first, open_run(tmp_path, changed_at(settings, "seed", 1), "d") as second:
         assert first.folder != second.folder
 
@@ -406,7 +415,7 @@ def test_a_run_that_is_refused_before_it_starts_leaves_no_folder(settings: dict[
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_refused_rerun_or_resume_does_not_remove_what_was_begun(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_refused_resume_keeps_the_files_of_the_earlier_start(settings: dict[str, Any], tmp_path: Path) -> None:
     with open_run(tmp_path, settings, "d") as run, run.training():
         (run.folder / "figures").mkdir()
     with pytest.raises(InputError), open_run(tmp_path, settings, "d"):
@@ -415,16 +424,16 @@ def test_a_refused_rerun_or_resume_does_not_remove_what_was_begun(settings: dict
     assert read_json(run.folder / "run.json")["status"] == "finished"
 
 
-def test_rerun_empties_the_folder_and_starts_anew(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_rerun_empties_the_folder_and_starts_again(settings: dict[str, Any], tmp_path: Path) -> None:
     with open_run(tmp_path, settings, "d") as run, run.training():
         (run.folder / "checkpoints").mkdir()
         (run.folder / "checkpoints" / "last.ckpt").touch()
         (run.folder / "metrics.json").touch()
-        (run.folder / "openings.csv").touch()  # the test images stay the same
+        (run.folder / "test_accesses.csv").touch()  # the test images stay the same
         run.note(weights={"used": "imagenet"})
     with open_run(tmp_path, settings, "d", rerun=True) as again:
         assert again.folder == run.folder
-        assert {entry.name for entry in again.folder.iterdir()} == {"openings.csv"}
+        assert {entry.name for entry in again.folder.iterdir()} == {"test_accesses.csv"}
         assert again.record["status"] == "new"
         assert "weights" not in again.record
         assert again.last_checkpoint() == (None, {})
@@ -433,7 +442,7 @@ def test_rerun_empties_the_folder_and_starts_anew(settings: dict[str, Any], tmp_
     assert read_json(run.folder / "run.json")["status"] == "finished"
 
 
-def test_a_process_that_does_not_write_touches_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_process_that_does_not_write_changes_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
     with open_run(tmp_path, settings, "d") as first, first.training():
         with open_run(tmp_path, settings, "d", writes=False) as second, second.training():
             second.note(weights={"used": "none"})
@@ -448,14 +457,14 @@ def test_a_process_that_does_not_write_touches_nothing(settings: dict[str, Any],
         ('{"status": ', "not valid JSON"),
         ("", "not valid JSON"),
         ("[]", "expected a JSON object"),
-        ("{}", "status: None"),
-        ('{"status": "done"}', "status: 'done'"),
-        ('{"status": ["finished"]}', "status: "),
-        ('{"status": "failed", "seconds": "long"}', "not what a run writes"),
-        (None, "is missing beside the checkpoints"),
+        ("{}", "status None"),
+        ('{"status": "done"}', "status 'done'"),
+        ('{"status": ["finished"]}', "status ['finished']"),
+        ('{"status": "failed", "seconds": "long"}', "seconds 'long'"),
+        (None, "missing, but there are checkpoints"),
     ],
 )
-def test_a_damaged_record_is_refused_by_its_name_and_costs_no_checkpoint(
+def test_a_damaged_record_is_refused_with_its_path_and_keeps_the_checkpoints(
     damage: str | None, reason: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     with open_run(tmp_path, settings, "d") as run, run.training():
@@ -465,11 +474,11 @@ def test_a_damaged_record_is_refused_by_its_name_and_costs_no_checkpoint(
         record.unlink()
     else:
         record.write_text(damage)
-    said = refusal(tmp_path, settings)
-    assert said.startswith(f"{record}: ")
-    assert reason in said
-    assert "rerun=true" in said
+    message = refusal(tmp_path, settings)
+    assert message.startswith(f"{record}: ")
+    assert reason in message
+    assert "rerun=true" in message
     assert (run.folder / "checkpoints").is_dir()
-    with open_run(tmp_path, settings, "d", rerun=True) as run, run.training():  # the lock was let go
+    with open_run(tmp_path, settings, "d", rerun=True) as run, run.training():
         pass
     assert read_json(record)["status"] == "finished"

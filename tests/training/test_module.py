@@ -1,4 +1,4 @@
-"""Frozen means bit-identical, trainable means trained; optimizer, schedules and inputs are what was asked for."""
+"""Frozen tensors stay bit-identical and all others are trained; inputs, optimizer and schedule follow the settings."""
 
 import copy
 import math
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from covid_cls.errors import InputError
-from covid_cls.models.backbones import BACKBONES, STRATEGIES, Staged, build_network, freeze_depth
-from covid_cls.models.losses import Criterion
-from covid_cls.records import Batch
-from covid_cls.training.optim import RaiseOnPlateau, build_optimizer, build_scheduler
+from covid_cls.io import Batch
+from covid_cls.models.backbones import BACKBONES, STRATEGIES, Staged, apply_strategy, build_network
+from covid_cls.models.losses import CrossEntropy
+from covid_cls.tasks import TASKS
+from covid_cls.training.optimizers import RaiseOnPlateau, build_optimizer, build_scheduler
 from tests.strategies import trainable_stages
 from tests.training.small import changed, compose_small, make_classifier, make_data, make_trainer, snapshot
 
@@ -23,11 +24,11 @@ def held_by(optimizer: torch.optim.Optimizer) -> list[int]:
 
 
 def assert_trained(network: Staged, before: dict[str, Tensor], stages: set[str]) -> None:
-    """Every tensor outside `stages` is bit-identical, every parameter inside them moved, batch statistics too."""
-    moved = changed(before, snapshot(network))
-    assert {name.partition(".")[0] for name in moved} <= stages
-    inside = {name for name in before if name.partition(".")[0] in stages}
-    assert moved == inside, f"stood still: {sorted(inside - moved)}"
+    """Assert that exactly the parameters and batch statistics of `stages` have changed."""
+    found = changed(before, snapshot(network))
+    assert {name.partition(".")[0] for name in found} <= stages
+    expected = {name for name in before if name.partition(".")[0] in stages}
+    assert found == expected, f"unchanged: {sorted(expected - found)}"
 
 
 def assert_optimizer_holds_exactly(optimizer: torch.optim.Optimizer, network: Staged, stages: set[str]) -> None:
@@ -39,7 +40,7 @@ def assert_optimizer_holds_exactly(optimizer: torch.optim.Optimizer, network: St
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("backbone", ["resnet18", "vgg11", "vgg11_bn"])
-def test_a_fit_leaves_frozen_tensors_alone_and_moves_all_others(
+def test_a_fit_changes_all_tensors_that_are_not_frozen_and_no_others(
     backbone: str, strategy: str, cache: Path, folder: Path
 ) -> None:
     settings = compose_small(f"backbone={backbone}", f"strategy={strategy}", "scheduler=none")
@@ -48,7 +49,8 @@ def test_a_fit_leaves_frozen_tensors_alone_and_moves_all_others(
     before = snapshot(classifier.net)
     trainer.fit(classifier, data)
     assert len(history.rows) == 2
-    assert all(math.isfinite(row["loss/val"]) for row in history.rows)  # validation ran in between
+    # Validation was run between the epochs.
+    assert all(math.isfinite(row["loss/val"]) for row in history.rows)
     stages = trainable_stages(backbone, strategy)
     assert_trained(classifier.net, before, stages)
     assert_optimizer_holds_exactly(trainer.optimizers[0], classifier.net, stages)
@@ -61,13 +63,14 @@ def built(request: pytest.FixtureRequest) -> tuple[str, Staged]:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_step_leaves_frozen_tensors_alone_and_moves_all_others(built: tuple[str, Staged], strategy: str) -> None:
+def test_a_step_changes_all_tensors_that_are_not_frozen_and_no_others(built: tuple[str, Staged], strategy: str) -> None:
     backbone, network = built[0], copy.deepcopy(built[1])
-    network.freeze(freeze_depth(network, strategy))
+    apply_strategy(network, strategy)
     optimizer = build_optimizer(network, (), name="sgd", lr=0.01, weight_decay=0.1)
-    criterion = Criterion("ce", ((1, 0), (0, 1)), [8, 8], 16)
+    criterion = CrossEntropy(TASKS["binary"], [8, 8])
     before = snapshot(network)
-    for step in range(2):  # in the second step biases that began at zero have a gradient at last
+    # Some parameters have a gradient only in the second step, because the biases start at zero.
+    for step in range(2):
         network.train()
         x = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(step))
         criterion(network(x), torch.tensor([0, 1, 0, 1])).backward()
@@ -81,7 +84,7 @@ def test_a_step_leaves_frozen_tensors_alone_and_moves_all_others(built: tuple[st
     assert_optimizer_holds_exactly(optimizer, network, stages)
 
 
-def test_a_frozen_prefix_sees_each_image_alone_even_while_training() -> None:
+def test_frozen_stages_use_no_batch_statistics_in_training() -> None:
     torch.manual_seed(0)
     network = build_network("resnet18", 2)
     for module in network.modules():
@@ -92,8 +95,9 @@ def test_a_frozen_prefix_sees_each_image_alone_even_while_training() -> None:
     with torch.no_grad():
         network.train()
         mixed = network.run(x, stop=stop)[:2] - network.run(x[:2], stop=stop)
-        assert mixed.abs().max() > 0.01  # the trap: with batch statistics the neighbours leak in
-        network.freeze(freeze_depth(network, "partial"))
+        # With batch statistics the output for an image depends on the other images.
+        assert mixed.abs().max() > 0.01
+        apply_strategy(network, "partial")
         network.train()
         torch.testing.assert_close(network.run(x, stop=stop)[:2], network.run(x[:2], stop=stop), rtol=1e-4, atol=1e-4)
 
@@ -104,7 +108,7 @@ def batch_of(side: int, n: int = 6, classes: int = 2, stage: int = 0) -> Batch:
 
 
 @pytest.mark.parametrize(("strategy", "stages"), [("fc", (1, 3, 5, 6)), ("partial", (2, 4))])
-def test_cached_features_enter_where_they_belong_and_give_the_same_loss(strategy: str, stages: tuple[int, ...]) -> None:
+def test_cached_features_enter_at_their_stage_and_give_the_same_loss(strategy: str, stages: tuple[int, ...]) -> None:
     settings = compose_small("augment=none", f"strategy={strategy}", "head.dropout=0")
     classifier = make_classifier(settings).train()
     batch = classifier.on_after_batch_transfer(batch_of(32), 0)
@@ -119,19 +123,20 @@ def test_cached_features_enter_where_they_belong_and_give_the_same_loss(strategy
             assert torch.equal(classifier.training_step(passed, 0), loss)
 
 
-def test_training_sees_random_views_and_evaluation_the_centre_crop() -> None:
+def test_training_uses_augmented_views_and_evaluation_the_centre_crop() -> None:
     classifier = make_classifier(compose_small("augment=cxr"))
     batch = batch_of(48)
     fixed = classifier.preprocess.normalise(classifier.preprocess.centre(batch.x))
     first, second = (classifier.train().on_after_batch_transfer(batch, 0).x for _ in range(2))
-    assert torch.equal(first, second)  # of the same epoch
+    # Both views are of the same epoch.
+    assert torch.equal(first, second)
     assert not torch.allclose(first, fixed, atol=0.1)
     assert torch.equal(classifier.eval().on_after_batch_transfer(batch, 0).x, fixed)
     with torch.inference_mode():
         assert torch.equal(classifier.scorer()(batch.x), classifier.net(fixed))
 
 
-def test_without_augmentation_training_sees_the_centre_crop() -> None:
+def test_without_augmentation_training_uses_the_centre_crop() -> None:
     classifier = make_classifier(compose_small("augment=none")).train()
     batch = batch_of(32)
     expected = (batch.x.float() / 255 - 0.449) / 0.226
@@ -166,7 +171,7 @@ def test_the_sigmoid_loss_of_a_classifier_counts_covid_as_pneumonia() -> None:
         ("three_class_multilabel", [100, 500, 400], [math.log(0.1 / 0.9), 0.0, 0.0]),
     ],
 )
-def test_prior_bias_makes_the_first_guess_the_class_frequencies(
+def test_with_prior_bias_an_untrained_network_predicts_the_class_frequencies(
     task: str, counts: list[int], expected: list[float]
 ) -> None:
     classifier = make_classifier(compose_small(f"task={task}", "head.prior_bias=true", "strategy=fc"), counts)
@@ -188,11 +193,11 @@ def test_prior_bias_makes_the_first_guess_the_class_frequencies(
         ("full", (), set()),
     ],
 )
-def test_only_pretrained_stages_are_slowed_down(
+def test_only_pretrained_stages_have_a_lower_rate(
     name: str, strategy: str, pretrained: tuple[str, ...], backbone: set[str]
 ) -> None:
     network = build_network("resnet18", 2)
-    network.freeze(freeze_depth(network, strategy))
+    apply_strategy(network, strategy)
     optimizer = build_optimizer(network, pretrained, name=name, lr=0.02, backbone_lr_scale=0.1, weight_decay=0.3)
     groups = {group["name"]: group for group in optimizer.param_groups}
     slow = [id(p) for n, p in network.named_parameters() if n.partition(".")[0] in backbone]
@@ -208,7 +213,7 @@ def test_only_pretrained_stages_are_slowed_down(
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"name": "lion", "lr": 0.1}, "optimizer.name=lion"),
         ({"name": "sgd", "lr": 0.0}, "optimizer.lr=0.0"),
@@ -216,8 +221,8 @@ def test_only_pretrained_stages_are_slowed_down(
         ({"name": "sgd", "lr": 0.1, "backbone_lr_scale": 0.0}, "backbone_lr_scale=0.0"),
     ],
 )
-def test_an_optimizer_that_makes_no_sense_is_refused(settings: dict[str, Any], says: str) -> None:
-    with pytest.raises(InputError, match=says):
+def test_invalid_optimizer_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         build_optimizer(build_network("resnet18", 2), (), **settings)
 
 
@@ -236,9 +241,9 @@ def rates_per_step(optimizer: torch.optim.Optimizer, schedule: dict[str, Any], s
     return [*rates, optimizer.param_groups[0]["lr"]]
 
 
-def test_cosine_rises_over_the_warm_up_and_falls_to_zero() -> None:
+def test_cosine_rises_during_the_warm_up_and_falls_to_zero() -> None:
     optimizer = one_weight(0.5)
-    schedule = build_scheduler(optimizer, steps=100, epochs=10, name="cosine", warmup_epochs=2)
+    schedule = build_scheduler(optimizer, 100, 10, name="cosine", warmup_epochs=2)
     assert schedule is not None
     assert schedule["interval"] == "step"
     rates = rates_per_step(optimizer, schedule, 100)
@@ -257,7 +262,7 @@ def test_cosine_stays_between_zero_and_the_rate_on_short_runs(steps: int, epochs
     assert all(0 < rate <= 1 for rate in rates_per_step(optimizer, schedule, steps)[:-1])
 
 
-def test_step_falls_by_its_factor_every_so_many_epochs() -> None:
+def test_step_multiplies_the_rate_by_its_factor_every_step_epochs() -> None:
     optimizer = one_weight()
     schedule = build_scheduler(optimizer, 100, 10, name="step", step_epochs=3, factor=0.1)
     assert schedule is not None
@@ -266,7 +271,7 @@ def test_step_falls_by_its_factor_every_so_many_epochs() -> None:
     assert rates == pytest.approx([1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01])
 
 
-def test_plateau_falls_after_its_patience() -> None:
+def test_plateau_reduces_the_rate_after_its_patience() -> None:
     optimizer = one_weight()
     schedule = build_scheduler(optimizer, 100, 10, name="plateau", factor=0.1, patience=2, monitor="loss/val")
     assert schedule is not None
@@ -278,7 +283,7 @@ def test_plateau_falls_after_its_patience() -> None:
     assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1])
 
 
-def test_raise_on_plateau_grows_tenfold_to_its_limit_while_accuracy_stands_still() -> None:
+def test_raise_on_plateau_raises_the_rate_to_its_limit_while_accuracy_hardly_changes() -> None:
     optimizer = one_weight(1e-5)
     scheduler = RaiseOnPlateau(optimizer, factor=10.0, threshold=0.004, max_lr=0.1)
     rates = []
@@ -288,7 +293,7 @@ def test_raise_on_plateau_grows_tenfold_to_its_limit_while_accuracy_stands_still
     assert rates == pytest.approx([1e-5, 1e-4, 1e-4, 1e-3, 1e-2, 1e-2, 1e-1, 1e-1, 1e-1, 1e-1], rel=1e-9)
 
 
-def test_raise_on_plateau_goes_on_from_its_state() -> None:
+def test_raise_on_plateau_continues_from_its_state() -> None:
     first, second = one_weight(1e-5), one_weight(1e-5)
     before = RaiseOnPlateau(first, 10.0, 0.004, 0.1)
     before.step(0.5)
@@ -296,12 +301,13 @@ def test_raise_on_plateau_goes_on_from_its_state() -> None:
     after.load_state_dict(before.state_dict())
     after.step(0.501)
     assert second.param_groups[0]["lr"] == pytest.approx(1e-4)
-    fresh = RaiseOnPlateau(one_weight(1e-5), 10.0, 0.004, 0.1)
-    fresh.step(0.501)
-    assert fresh.optimizer.param_groups[0]["lr"] == 1e-5  # a first epoch has nothing to stand still against
+    # The first epoch has no epoch before it to be compared with.
+    without_state = RaiseOnPlateau(one_weight(1e-5), 10.0, 0.004, 0.1)
+    without_state.step(0.501)
+    assert without_state.optimizer.param_groups[0]["lr"] == 1e-5
 
 
-def test_no_schedule_is_none_and_an_unknown_one_refused() -> None:
+def test_no_schedule_is_none_and_an_unknown_one_is_refused() -> None:
     assert build_scheduler(one_weight(), 10, 1, name="none") is None
     with pytest.raises(InputError, match=r"scheduler\.name=linear"):
         build_scheduler(one_weight(), 10, 1, name="linear")
@@ -310,17 +316,18 @@ def test_no_schedule_is_none_and_an_unknown_one_refused() -> None:
 @pytest.mark.parametrize(
     ("overrides", "rates"),
     [
-        (("scheduler=seed", "scheduler.threshold=1.1", "optimizer.lr=1e-5"), [1e-5, 1e-5, 1e-4, 1e-3]),
+        (("scheduler=original", "scheduler.threshold=1.1", "optimizer.lr=1e-5"), [1e-5, 1e-5, 1e-4, 1e-3]),
         (("scheduler=step", "scheduler.step_epochs=1", "optimizer.lr=0.01"), [1e-2, 1e-3, 1e-4, 1e-5]),
         (("scheduler=plateau", "optimizer.lr=0.01"), [1e-2, 1e-2, 1e-2, 1e-2]),
     ],
     ids=["raise_on_plateau", "step", "plateau"],
 )
-def test_a_fit_steps_its_schedule_once_an_epoch(
+def test_a_fit_steps_its_schedule_once_per_epoch(
     overrides: tuple[str, ...], rates: list[float], cache: Path, folder: Path
 ) -> None:
     settings = compose_small("strategy=fc", "augment=none", "trainer.max_epochs=3", *overrides)
     trainer, history = make_trainer(settings, folder, checkpoints=False)
     trainer.fit(make_classifier(settings), make_data(settings, cache))
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(rates[-1])
-    assert [row["lr/head"] for row in history.rows] == pytest.approx(rates[:-1])  # what each epoch trained with
+    # The history has the rate with which each epoch was trained.
+    assert [row["lr/head"] for row in history.rows] == pytest.approx(rates[:-1])

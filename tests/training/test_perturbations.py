@@ -1,4 +1,4 @@
-"""A network that reads a corner is found out by changed corners; one that looks elsewhere decides as before."""
+"""A network that uses a corner decides otherwise after a perturbation of the corners; other networks do not."""
 
 from pathlib import Path
 
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from covid_cls.data.datamodule import Radiographs
-from covid_cls.records import prediction_columns
-from covid_cls.training.classifier import Classifier
-from covid_cls.training.predict import predict_split
-from covid_cls.training.stress import blacken_corners, paste_marker, stress_tables
+from covid_cls.io import prediction_columns
+from covid_cls.training.module import Classifier
+from covid_cls.training.perturbations import blacken_corners, paste_marker, predict_perturbed
+from covid_cls.training.split_predictions import predict_split
 from tests.training.small import compose_small, make_classifier, make_data
 
 CROP = 48
 
 
-class Reader(nn.Module):
-    """A linear classifier on the brightest pixel of one part of a normalised view: covid above grey level 240."""
+class RegionReader(nn.Module):
+    """Decides by the brightest pixel in one part of a normalised view: covid above grey level 240."""
 
     def __init__(self, rows: slice, columns: slice) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ def data(cache: Path) -> Radiographs:
 
 
 def classifier_of(net: nn.Module) -> Classifier:
-    """A classifier of these settings that decides by `net`."""
+    """Return a classifier with the network `net`."""
     classifier = make_classifier(compose_small("task=binary", f"data.size={CROP}", f"preprocess.crop={CROP}"))
     classifier.net = net  # type: ignore[assignment]
     return classifier
@@ -47,29 +47,29 @@ def covid(table: pd.DataFrame) -> np.ndarray:
     return np.asarray(table["prob_covid"] > 0.5)
 
 
-def test_a_network_that_reads_the_marker_follows_it(data: Radiographs) -> None:
+def test_a_network_that_uses_the_marker_follows_it(data: Radiographs) -> None:
     side = CROP // 5
-    classifier = classifier_of(Reader(slice(side), slice(-side, None)))
+    classifier = classifier_of(RegionReader(slice(side), slice(-side, None)))
     before = predict_split(classifier.scorer(), data, "val")
-    changed = stress_tables(classifier.scorer(), data, "val")
+    changed = predict_perturbed(classifier.scorer(), data, "val")
     assert covid(changed["marker"]).all()
     assert not covid(changed["corners"]).any()
     assert not covid(before).all()
 
 
-def test_a_network_that_reads_the_middle_decides_as_before(data: Radiographs) -> None:
+def test_a_network_that_uses_the_centre_decides_as_before(data: Radiographs) -> None:
     middle = slice(CROP // 3, -CROP // 3)
-    classifier = classifier_of(Reader(middle, middle))
+    classifier = classifier_of(RegionReader(middle, middle))
     before = predict_split(classifier.scorer(), data, "val")
-    for table in stress_tables(classifier.scorer(), data, "val").values():
+    for table in predict_perturbed(classifier.scorer(), data, "val").values():
         pd.testing.assert_frame_equal(table, before)
 
 
-def test_a_network_of_ours_gives_the_rows_of_its_own_predictions(data: Radiographs) -> None:
+def test_the_tables_of_a_real_network_have_the_rows_of_its_predictions(data: Radiographs) -> None:
     settings = compose_small("task=binary", f"data.size={CROP}", f"preprocess.crop={CROP}", "backbone=resnet18")
     classifier = make_classifier(settings)
     before = predict_split(classifier.scorer(), data, "test")
-    tables = stress_tables(classifier.scorer(), data, "test")
+    tables = predict_perturbed(classifier.scorer(), data, "test")
     assert list(tables) == ["corners", "marker"]
     for table in tables.values():
         assert list(table) == prediction_columns(("covid", "normal"))
@@ -77,10 +77,10 @@ def test_a_network_of_ours_gives_the_rows_of_its_own_predictions(data: Radiograp
         assert not np.allclose(table["logit_covid"], before["logit_covid"])
 
 
-def test_the_images_of_the_store_stay_as_they_are(data: Radiographs) -> None:
-    classifier = classifier_of(Reader(slice(9), slice(-9, None)))
+def test_the_images_of_the_store_do_not_change(data: Radiographs) -> None:
+    classifier = classifier_of(RegionReader(slice(9), slice(-9, None)))
     before = np.array(data.images)
-    stress_tables(classifier.scorer(), data, "val")
+    predict_perturbed(classifier.scorer(), data, "val")
     np.testing.assert_array_equal(np.array(data.images), before)
 
 
@@ -92,7 +92,7 @@ def test_corners_are_four_squares_of_a_fifth_of_the_side() -> None:
     assert (view == 0).sum() == 2 * 4 * 10 * 10
 
 
-def test_the_marker_lies_in_the_upper_right_corner_and_is_the_same_on_every_image() -> None:
+def test_the_marker_is_in_the_upper_right_corner_and_the_same_on_every_image() -> None:
     view = torch.randint(0, 200, (3, 1, 100, 100), dtype=torch.uint8)
     before = view.clone()
     paste_marker(view)
