@@ -1,4 +1,4 @@
-"""Images go through in order, decoded ahead of the network, with the numbers of the run and without growing."""
+"""Predictions come in the order of the images, are those of the run, and need a constant amount of memory."""
 
 import os
 import threading
@@ -11,13 +11,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from covid_cls.artifact.model import UNDECIDED, UNREADABLE, Model
-from covid_cls.artifact.screen import Screen, fit_screen
-from covid_cls.artifact.stream import REASONS, Tally, predict_pictures
-from covid_cls.data import header
+from covid_cls.bundle.model import REASONS, UNDECIDED, UNREADABLE, Model, PredictionSummary, predict_images
+from covid_cls.bundle.ood import OodDetector, fit_ood
 from covid_cls.data.datamodule import Radiographs
+from covid_cls.data.readers import HEADER_REASONS
 from covid_cls.errors import InputError
-from covid_cls.training.predict import predict_split
+from covid_cls.training.split_predictions import predict_split
 from tests.data.test_dicom import radiograph, saved
 from tests.training.small import compose_small, make_classifier, make_data
 
@@ -27,67 +26,67 @@ SCORES = ["logit_covid", "logit_normal", "prob_covid", "prob_normal"]
 
 @pytest.fixture(scope="module")
 def data(cache: Path) -> Radiographs:
-    """Phantoms whose canvas is wider than what the network sees, as augmentation needs it."""
-    return make_data(compose_small("augment=seed"), cache)
+    """Phantoms whose canvas is larger than the network's input, as augmentation needs it."""
+    return make_data(compose_small("augment=original"), cache)
 
 
 @pytest.fixture(scope="module")
 def model(data: Radiographs) -> Model:
-    """An untrained network as a model."""
-    scorer = make_classifier(compose_small("augment=seed")).scorer()
-    return Model(Path("nowhere"), {"operating": OPERATING}, scorer, Screen(fit_screen(scorer, data)))
+    """A model with an untrained network."""
+    scorer = make_classifier(compose_small("augment=original")).scorer()
+    return Model(Path("nowhere"), {"operating": OPERATING}, scorer, OodDetector(fit_ood(scorer, data)))
 
 
 @pytest.fixture(scope="module")
 def files(data: Radiographs) -> list[tuple[str, Path]]:
-    """All phantoms, by name."""
+    """All phantoms with their names."""
     return [(str(path), Path(file)) for path, file in zip(data.table["path"], data.table["file"], strict=True)]
 
 
-def whole(tables: Iterator[pd.DataFrame]) -> pd.DataFrame:
+def join(tables: Iterator[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(list(tables), ignore_index=True)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 32])
-def test_the_numbers_are_those_of_the_run(
+def test_scores_are_those_of_the_run(
     model: Model, data: Radiographs, files: list[tuple[str, Path]], batch_size: int
 ) -> None:
-    ours = whole(predict_pictures(model, files, batch_size=batch_size)).set_index("image_id")
+    ours = join(predict_images(model, files, batch_size=batch_size)).set_index("image_id")
     for split in ("train", "val", "test"):
         theirs = predict_split(model.scorer, data, split).set_index("image_id")
         assert len(theirs)
         np.testing.assert_allclose(ours.loc[theirs.index, SCORES], theirs[SCORES], atol=1e-5, rtol=0)
 
 
-def test_rows_come_in_the_order_of_the_images_in_tables_of_a_batch(model: Model, files: list[tuple[str, Path]]) -> None:
-    turned = files[::-1]
-    tables = list(predict_pictures(model, turned, batch_size=7))
+def test_tables_have_one_batch_each_in_the_order_of_the_images(model: Model, files: list[tuple[str, Path]]) -> None:
+    backwards = files[::-1]
+    tables = list(predict_images(model, backwards, batch_size=7))
     assert [len(table) for table in tables] == [7] * (len(files) // 7) + [len(files) % 7] * (len(files) % 7 > 0)
-    assert [name for table in tables for name in table["image_id"]] == [name for name, _ in turned]
+    assert [name for table in tables for name in table["image_id"]] == [name for name, _ in backwards]
     assert all(list(table.columns) == ["image_id", *model.columns] for table in tables)
 
 
-def test_no_image_is_no_table(model: Model) -> None:
-    assert list(predict_pictures(model, [])) == []
+def test_no_image_gives_no_table(model: Model) -> None:
+    assert list(predict_images(model, [])) == []
 
 
-def test_images_are_asked_for_only_a_few_batches_ahead(model: Model) -> None:
-    asked = 0
+def test_images_are_read_only_a_few_batches_ahead(model: Model) -> None:
+    count = 0
 
     def pictures() -> Iterator[tuple[str, np.ndarray]]:
-        nonlocal asked
+        nonlocal count
         for k in range(1000):
-            asked += 1
+            count += 1
             yield str(k), np.random.default_rng(k).integers(0, 256, (40, 40), np.uint8)
 
     threads = set(threading.enumerate())
-    tables = predict_pictures(model, pictures(), batch_size=4)
+    tables = predict_images(model, pictures(), batch_size=4)
     for k in range(1, 6):
         next(tables)
-        assert asked <= 4 * (k + 3)
-    before = asked
-    tables.close()  # what a Ctrl-C does
-    assert asked == before  # it asks for nothing more, and leaves no thread that waits
+        assert count <= 4 * (k + 3)
+    before = count
+    tables.close()  # as after Ctrl-C
+    assert count == before  # no further image is read, and no thread is left
     assert set(threading.enumerate()) <= threads
 
 
@@ -98,18 +97,18 @@ def test_memory_does_not_grow_with_the_number_of_images(model: Model, tmp_path: 
     def peak(images: int) -> int:
         tracemalloc.start()
         try:
-            for _ in predict_pictures(model, ((str(k), path) for k in range(images)), batch_size=8):
+            for _ in predict_images(model, ((str(k), path) for k in range(images)), batch_size=8):
                 pass
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
 
-    peak(16)  # imports and caches
+    peak(16)  # fills imports and caches
     few, many = peak(32), peak(256)
-    assert many - few < 5e6  # 224 images more, if kept, would add 20 MB
+    assert many - few < 5e6  # keeping 224 more images would need 20 MB
 
 
-def test_an_unreadable_file_is_a_row_and_spoils_no_other(
+def test_an_unreadable_file_has_a_row_and_does_not_affect_the_others(
     model: Model, files: list[tuple[str, Path]], tmp_path: Path
 ) -> None:
     (tmp_path / "text.png").write_text("no image")
@@ -117,7 +116,7 @@ def test_an_unreadable_file_is_a_row_and_spoils_no_other(
     os.mkfifo(tmp_path / "pipe")
     bad = [(name, tmp_path / name) for name in ("text.png", "cut.png", "pipe", "gone.png")]
     mixed = [files[0], *bad, *files[1:4]]
-    table = whole(predict_pictures(model, mixed, batch_size=3))  # one batch has no readable image at all
+    table = join(predict_images(model, mixed, batch_size=3))  # one batch has no readable image
     assert table["image_id"].tolist() == [name for name, _ in mixed]
     broken = table[table["image_id"].isin([name for name, _ in bad])]
     assert broken["decision"].tolist() == [UNDECIDED] * 4
@@ -128,13 +127,11 @@ def test_an_unreadable_file_is_a_row_and_spoils_no_other(
         assert words in detail
     fine = table.drop(broken.index)
     assert (fine["detail"] == "").all()
-    alone = whole(predict_pictures(model, [files[0], *files[1:4]]))
+    alone = join(predict_images(model, [files[0], *files[1:4]]))
     np.testing.assert_allclose(fine[SCORES], alone[SCORES], atol=1e-5, rtol=0)
 
 
-def test_what_a_dicom_header_says_is_added_to_the_reasons(
-    model: Model, files: list[tuple[str, Path]], tmp_path: Path
-) -> None:
+def test_reasons_from_the_dicom_header_are_added(model: Model, files: list[tuple[str, Path]], tmp_path: Path) -> None:
     pixels = np.asarray(Image.open(files[0][1]).convert("L"))
     tags = {
         "frontal": {"ViewPosition": "PA"},
@@ -142,19 +139,19 @@ def test_what_a_dicom_header_says_is_added_to_the_reasons(
         "ankle": {"BodyPartExamined": "ANKLE"},
     }
     named = [(name, saved(radiograph(pixels, 8, **more), tmp_path, name)) for name, more in tags.items()]
-    table = whole(predict_pictures(model, named, dicom_tags=["PatientID", "ViewPosition"])).set_index("image_id")
+    table = join(predict_images(model, named, dicom_tags=["PatientID", "ViewPosition"])).set_index("image_id")
     codes = [set(filter(None, reasons.split(";"))) for reasons in table["reasons"]]
     assert codes[1] - codes[0] == {"lateral_view"}
     assert codes[2] - codes[0] == {"not_a_chest_radiograph"}
     assert table["decision"].tolist()[1:] == [UNDECIDED, UNDECIDED]
     assert table["ViewPosition"].tolist() == ["PA", "LL", ""]
     assert list(table.columns) == [*model.columns, "PatientID", "ViewPosition"]
-    assert table[SCORES].notna().all(axis=None)  # what the network says stays visible
+    assert table[SCORES].notna().all(axis=None)  # the scores are kept
 
 
-def test_a_tag_asked_for_is_empty_for_other_files(model: Model, files: list[tuple[str, Path]], tmp_path: Path) -> None:
+def test_a_requested_tag_is_empty_for_other_files(model: Model, files: list[tuple[str, Path]], tmp_path: Path) -> None:
     (tmp_path / "bad.dcm").write_bytes(b"\0" * 200)
-    table = whole(predict_pictures(model, [files[0], ("bad", tmp_path / "bad.dcm")], dicom_tags=["PatientID"]))
+    table = join(predict_images(model, [files[0], ("bad", tmp_path / "bad.dcm")], dicom_tags=["PatientID"]))
     assert table["PatientID"].tolist() == ["", ""]
 
 
@@ -162,34 +159,34 @@ def test_a_tag_asked_for_is_empty_for_other_files(model: Model, files: list[tupl
     ("options", "words"),
     [
         ({"batch_size": 0}, "batch_size=0"),
-        ({"threshold": "best"}, "threshold=best: this model has youden, sensitivity_95"),
-        ({"threshold": "specificity_95"}, "threshold=specificity_95"),  # validation gave none
+        ({"threshold": "best"}, "threshold=best: unknown. This model has youden, sensitivity_95"),
+        ({"threshold": "specificity_95"}, "threshold=specificity_95"),  # the validation split gave no value
         ({"dicom_tags": ["Patient"]}, "PatientID"),
     ],
 )
-def test_an_option_out_of_range_is_refused_before_an_image_is_read(
+def test_an_option_out_of_range_is_an_error_before_an_image_is_read(
     model: Model, options: dict[str, object], words: str
 ) -> None:
     with pytest.raises(InputError, match=words):
-        predict_pictures(model, iter([]), **options)  # type: ignore[arg-type]
+        predict_images(model, iter([]), **options)  # type: ignore[arg-type]
 
 
-def test_every_code_has_its_meaning() -> None:
-    assert set(header.REASONS) < set(REASONS)
+def test_every_code_has_a_meaning() -> None:
+    assert set(HEADER_REASONS) < set(REASONS)
     assert UNREADABLE in REASONS
     assert all(REASONS.values())
 
 
-def test_a_tally_counts_decisions_reasons_and_the_first_unreadable_files() -> None:
-    tally = Tally(("covid", "normal", "pneumonia"))
+def test_the_summary_counts_decisions_and_reasons_and_lists_unreadable_files() -> None:
+    summary = PredictionSummary(("covid", "normal", "pneumonia"))
     for k in range(3):
         names = [f"{k}{letter}\x1b.png" for letter in "abcdefgh"]
         reasons = ["", "", "", "lateral_view;inverted", *[UNREADABLE] * 4]
         decisions = ["normal", "covid", "covid", *[UNDECIDED] * 5]
         detail = ["", "", "", "", *["empty file"] * 4]
-        tally.add(pd.DataFrame({"image_id": names, "decision": decisions, "reasons": reasons, "detail": detail}))
-    assert (tally.images, tally.readable) == (24, 12)
-    lines = tally.lines(REASONS)
+        summary.add(pd.DataFrame({"image_id": names, "decision": decisions, "reasons": reasons, "detail": detail}))
+    assert (summary.images, summary.readable) == (24, 12)
+    lines = summary.lines(REASONS)
     assert lines[0] == "24 images: 6 covid, 3 normal, 0 pneumonia, 15 undecided"
     assert sum("empty file" in line for line in lines) == 10
     assert "2 more" in lines[-1]

@@ -1,4 +1,4 @@
-"""A model as one file for onnxruntime or torch.export, its preprocessing inside, and what it gives beside the model."""
+"""Export of a model with its preprocessing to one ONNX or torch.export file, and its comparison with the model."""
 
 import io
 import json
@@ -16,50 +16,63 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from covid_cls import __version__
-from covid_cls.artifact.model import Model
-from covid_cls.data.limits import LEAST_SIDE
-from covid_cls.models.scorer import Scorer
-from covid_cls.records import DISCLAIMER
+from covid_cls.bundle.model import Model
+from covid_cls.data.limits import MIN_SIDE
+from covid_cls.io import DISCLAIMER
+from covid_cls.models.inference import Scorer
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2"}
-TOLERANCE = 1e-4  # of a logit or a probability, between an exported file and its model
-METADATA = "metadata.json"  # in a .pt2 file; an ONNX file has a place for it
-_OPSET = 20
-_WEIGHT_BITS = 22  # Pillow's PRECISION_BITS
+# Largest accepted difference of a logit or probability between an exported file and its model.
+TOLERANCE = 1e-4
+METADATA = "metadata.json"  # name within a .pt2 file; an ONNX file has metadata_props
 TIMED_SIDE, _TIMED_ROUNDS = 1024, 5
+_OPSET = 20
+_WEIGHT_BITS = 22  # PRECISION_BITS of Pillow
 
-for _name in ("onnxscript", "onnx_ir"):  # they report every node that they leave out
+# These libraries log every node that they remove.
+for _name in ("onnxscript", "onnx_ir"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
-Scores = tuple[NDArray[np.float32], NDArray[np.float32]]  # logits and calibrated probabilities, (N, classes) each
-Run = Callable[[NDArray[np.uint8]], Scores]  # of images (N, 1, H, W)
+# From images (N, 1, H, W) to logits and calibrated probabilities, (N, classes) each.
+ScoreFunction = Callable[[NDArray[np.uint8]], Sequence[NDArray[np.float32]]]
 
 
 class Speed(NamedTuple):
-    """Images a second of the model and of the exported file, from grey images of 1024 x 1024 to probabilities."""
+    """Speed from grey images of 1024 × 1024 pixels to probabilities.
 
-    batch: int
+    Attributes:
+        model: Images per second of the model.
+        exported: Images per second of the exported file.
+    """
+
     model: float
     exported: float
 
 
 def export_model(model: Model, kind: str) -> bytes:
-    """The file that `kind`, "onnx" or "torch", makes of a model on the CPU.
+    """Return the content of an exported file.
 
-    Input `images`, uint8 (N, 1, H, W), 0 = black, any N, H and W. Outputs: `logits` and `probabilities`, float32
-    (N, classes), the latter at the model's temperature. `metadata` goes with it. Nothing of the model's screen does.
+    Its input `images` is uint8 (N, 1, H, W), 0 = black, with any N, H and W. Its outputs `logits` and `probabilities`
+    are float32 (N, classes); probabilities are calibrated with the model's temperature. `metadata` is included, the
+    out-of-distribution check is not.
+
+    Args:
+        model: A model on the CPU.
+        kind: "onnx" or "torch".
     """
     network = _Exported(model.scorer, model.temperature).eval()
     size = model.scorer.preprocess.size
+    # torch.export treats sizes of 0 and 1 and equal sizes as constants, so all sizes of the example differ.
     example = torch.zeros(2, 1, 2 * size + 1, 2 * size + 3, dtype=torch.uint8)
     axes = {0: "batch", 2: "height", 3: "width"}
-    least = {"batch": 1, "height": LEAST_SIDE, "width": LEAST_SIDE}
-    dims = {axis: torch.export.Dim(name, min=least[name]) for axis, name in axes.items()}
-    with warnings.catch_warnings(action="ignore"):  # of the exporters about their own parts
+    dims = {axis: torch.export.Dim(name, min=MIN_SIDE if axis else 1) for axis, name in axes.items()}
+    # The exporters warn about their own code.
+    with warnings.catch_warnings(action="ignore"):
         program = torch.export.export(network, (example,), dynamic_shapes={"images": dims})
         for part in (m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)):
             for node in part.graph.nodes:
-                node.meta.pop("stack_trace", None)  # paths of this machine
+                # Stack traces contain paths of this machine.
+                node.meta.pop("stack_trace", None)
         if kind == "torch":
             file = io.BytesIO()
             torch.export.save(program, file, extra_files={METADATA: json.dumps(metadata(model))})
@@ -80,16 +93,13 @@ def export_model(model: Model, kind: str) -> bytes:
 
 
 def metadata(model: Model) -> dict[str, str]:
-    """What an exported file says of itself; what is no text is JSON."""
-    view = model.scorer.preprocess
+    """Return the metadata of an exported file; values other than text are JSON."""
     facts = {
         "name": model.record["name"],
         "task": model.task.name,
         "classes": model.task.classes,
         "multilabel": model.task.multilabel,
-        "size": view.size,
-        "crop": view.crop,
-        "seen": view.seen,
+        **{name: getattr(model.scorer.preprocess, name) for name in ("size", "crop", "seen")},
         "temperature": model.temperature,
         "thresholds": model.thresholds,
         "weights_sha256": model.record["digests"]["weights"],
@@ -99,55 +109,52 @@ def metadata(model: Model) -> dict[str, str]:
     return {key: fact if isinstance(fact, str) else json.dumps(fact) for key, fact in facts.items()}
 
 
-def open_exported(data: bytes, kind: str) -> Run:
-    """What runs an exported file, on as many threads as torch uses. A .pt2 file of others can execute code."""
+def exported_function(data: bytes, kind: str) -> ScoreFunction:
+    """Return a function that runs an exported file on as many threads as torch uses.
+
+    A .pt2 file can execute code: only load files that you trust.
+    """
     if kind == "torch":
         module = torch.export.load(io.BytesIO(data)).module()
 
-        def run_torch(images: NDArray[np.uint8]) -> Scores:
-            with torch.inference_mode():
-                logits, probabilities = module(torch.from_numpy(images))
-            return logits.numpy(), probabilities.numpy()
+        @torch.inference_mode()
+        def run(images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+            return [scores.numpy() for scores in module(torch.from_numpy(images))]
 
-        return run_torch
+        return run
     options = onnxruntime.SessionOptions()
+    # By default, onnxruntime uses all cores, which would make the comparison of speeds unfair.
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-
-    def run_onnx(images: NDArray[np.uint8]) -> Scores:
-        logits, probabilities = session.run(["logits", "probabilities"], {"images": images})
-        return logits, probabilities
-
-    return run_onnx
+    return lambda images: session.run(["logits", "probabilities"], {"images": images})
 
 
-def run_model(model: Model) -> Run:
-    """What the package itself does with images: Pillow's resize, one at a time, then the network."""
+def model_function(model: Model) -> ScoreFunction:
+    """Return a function that scores images as the package does: one resize with Pillow each, then the network."""
 
-    def run(images: NDArray[np.uint8]) -> Scores:
+    @torch.inference_mode()
+    def run(images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
         canvases = np.stack([model.canvas(image) for image in images[:, 0]])[:, None]
-        with torch.inference_mode():
-            logits = model.scorer(torch.from_numpy(canvases))
-            probabilities = model.scorer.probabilities(logits / model.temperature)
-        return logits.numpy(), probabilities.numpy()
+        logits = model.scorer(torch.from_numpy(canvases))
+        return [logits.numpy(), model.scorer.probabilities(logits / model.temperature).numpy()]
 
     return run
 
 
-def largest_difference(ours: Run, theirs: Run, batches: Iterable[NDArray[np.uint8]]) -> tuple[float, float]:
-    """The largest absolute difference of a logit and of a probability over these batches; nan where any score is."""
+def largest_difference(
+    ours: ScoreFunction, theirs: ScoreFunction, batches: Iterable[NDArray[np.uint8]]
+) -> tuple[float, float]:
+    """Return the largest absolute differences of a logit and of a probability; nan if any score is nan."""
     gaps = [[np.abs(a - b).max() for a, b in zip(ours(x), theirs(x), strict=True)] for x in batches]
+    # Unlike max(), np.max returns nan if any value is nan.
     logits, probabilities = np.max(gaps, axis=0).tolist()
     return logits, probabilities
 
 
 def random_batches(size: int) -> list[NDArray[np.uint8]]:
-    """Random images of several sizes: enlarged, kept, reduced, odd, and up to five times as wide or as tall.
-
-    Each is noise over patches of random grey: noise alone is the same even grey to a network once it is reduced.
-    """
+    """Return random images that a scaling to `size` enlarges, keeps and reduces, with aspect ratios up to five."""
     shapes = (
-        (1, LEAST_SIDE, LEAST_SIDE + 5),
+        (1, MIN_SIDE, MIN_SIDE + 5),
         (8, size, size),
         (3, 2 * size + 1, 3 * size - 2),
         (2, size + 1, size),
@@ -157,57 +164,60 @@ def random_batches(size: int) -> list[NDArray[np.uint8]]:
     rng = np.random.default_rng(0)
     batches = []
     for n, height, width in shapes:
+        # Noise alone would become an even grey when it is reduced, so it is added to patches of random grey.
         patches = rng.integers(0, 192, (n, 1, 5, 5), dtype=np.uint8)
         patches = patches[:, :, (np.arange(height) * 5 // height)[:, None], np.arange(width) * 5 // width]
         batches.append(patches + rng.integers(0, 64, patches.shape, dtype=np.uint8))
     return batches
 
 
-def batches_of(pictures: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
-    """Images (H, W) as batches (N, 1, H, W), one for each size among them."""
-    shapes = dict.fromkeys(picture.shape for picture in pictures)
-    return [np.stack([p for p in pictures if p.shape == shape])[:, None] for shape in shapes]
+def batch_by_size(images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+    """Return images (H, W) as batches (N, 1, H, W), one for each size."""
+    shapes = dict.fromkeys(image.shape for image in images)
+    return [np.stack([image for image in images if image.shape == shape])[:, None] for shape in shapes]
 
 
-def measure_speed(ours: Run, theirs: Run, batch: int) -> Speed:
-    """Medians over rounds in which each runs one batch in turn; the round before these does not count."""
+def measure_speed(ours: ScoreFunction, theirs: ScoreFunction, batch: int) -> Speed:
+    """Return the median speed over rounds in which both functions score one batch; the first round is ignored."""
     images = np.random.default_rng(0).integers(0, 256, (batch, 1, TIMED_SIDE, TIMED_SIDE), dtype=np.uint8)
     seconds: tuple[list[float], list[float]] = ([], [])
+    # The functions alternate, so that other load on the machine affects both.
     for _ in range(1 + _TIMED_ROUNDS):
         for run, taken in zip((ours, theirs), seconds, strict=True):
             start = time.perf_counter()
             run(images)
             taken.append(time.perf_counter() - start)
-    model, exported = (batch / statistics.median(taken[1:]) for taken in seconds)
-    return Speed(batch, model, exported)
+    return Speed(*(batch / statistics.median(taken[1:]) for taken in seconds))
 
 
 class Canvas(nn.Module):
-    """`data.store.draw_on_canvas` as tensor operations: uint8 (N, 1, H, W) to uint8 (N, 1, crop, crop), to the bit.
+    """`data.store.draw_on_canvas` as tensor operations: uint8 (N, 1, H, W) to uint8 (N, 1, crop, crop), bit-exact.
 
-    Pillow's antialiased bilinear resize (src/libImaging/Resample.c of Pillow 13) is two products with matrices of
-    weights in units of 2^-22, each rounded to 8 bits; the crop takes the rows of these matrices that it needs. Float64
-    holds every sum exactly, and whatever depends on H and W is a tensor, so that a graph of this is of any size.
+    Pillow's antialiased bilinear resize (src/libImaging/Resample.c of Pillow 13) is the product with two matrices of
+    weights in units of 2^-22, and rounds to 8 bits after each product. The crop selects rows of these matrices.
     """
+
+    # Float64 holds all sums exactly. Everything that depends on H and W is a tensor, so one graph is valid for all
+    # sizes.
 
     def __init__(self, size: int, crop: int) -> None:
         super().__init__()
         self.size, self.crop = size, crop
 
     def forward(self, images: Tensor) -> Tensor:
-        """Canvases of images."""
+        """Return the canvases of images."""
         height, width = (torch.full((), side, dtype=torch.float64) for side in images.shape[-2:])
         short = torch.minimum(height, width)
         tall, wide = (torch.floor(self.size * side / short) for side in (height, width))
         down = self._weights(images.shape[-2], height, tall)
         across = self._weights(images.shape[-1], width, wide)
-        # Pillow takes the cheaper pass first, and each rounds.
+        # Pillow starts with the cheaper of the two passes. The order matters, because each pass rounds.
         rows_first = (height > tall) & (height - tall > 2 * (width - wide))
         canvas: Tensor = torch.cond(rows_first, _rows_first, _columns_first, (images, down, across))
         return canvas
 
     def _weights(self, pixels: int, side: Tensor, scaled: Tensor) -> Tensor:
-        """(crop, pixels): what each of a side's pixels gives to each of the middle `crop` of `scaled` pixels."""
+        """Return the weights, (crop, pixels), of a side's pixels in the central `crop` of its `scaled` pixels."""
         start = torch.round((scaled - self.crop) / 2)
         scale = side / scaled
         centre = (torch.arange(self.crop, dtype=torch.float64) + start + 0.5) * scale
@@ -225,6 +235,7 @@ def _rows_first(images: Tensor, down: Tensor, across: Tensor) -> Tensor:
 
 
 def _grey(sums: Tensor) -> Tensor:
+    # As Pillow rounds: half up, after a division by the unit of the weights.
     return torch.floor(sums / 2**_WEIGHT_BITS + 0.5).clamp(0, 255)
 
 

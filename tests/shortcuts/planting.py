@@ -1,4 +1,4 @@
-"""Copies of radiographs as public sets hold them, planted where a test knows of them."""
+"""Plant copies of radiographs, such as public data sets contain, in a data set."""
 
 import shutil
 from pathlib import Path
@@ -17,7 +17,11 @@ NUMBERS = {"bytes": 20, "lossless": 20, "jpeg": 20, "resized": 20, "contrast": 5
 
 
 def plant_copies(table: pd.DataFrame, folder: Path, seed: int = 0) -> tuple[Path, list[tuple[str, str, str]]]:
-    """A manifest in `folder` of the images of `table` and of 100 copies under new patients; (original, copy, kind)."""
+    """Copy the images of `table` to `folder`, with 100 altered copies under new patients.
+
+    Returns:
+        The manifest, and the original, the copy and the kind of each copy.
+    """
     rng = np.random.default_rng(seed)
     rows = []
     for name, row in enumerate(table.to_dict("records")):
@@ -44,7 +48,7 @@ def plant_copies(table: pd.DataFrame, folder: Path, seed: int = 0) -> tuple[Path
 
 
 def one_per_patient(table: pd.DataFrame, most: int) -> pd.DataFrame:
-    """The first image of each of `most` patients."""
+    """Return the first image of each of `most` random patients."""
     return table.drop_duplicates("patient_id").sample(most, random_state=0)
 
 

@@ -1,4 +1,4 @@
-"""Images that are turned, inverted or no chest are flagged, others seldom; cut-offs are what they promise."""
+"""Rotated, inverted and unusual images are flagged, others rarely; the cut-offs have the promised error rate."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -11,15 +11,16 @@ from safetensors.torch import load, save
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
-from covid_cls.artifact import screen as module
-from covid_cls.artifact.screen import ALPHA, REASONS, Screen, cut_off, fit_screen
+from covid_cls.bundle import ood as module
+from covid_cls.bundle.ood import ALPHA, REASONS, OodDetector, fit_cut_off, fit_ood
 from covid_cls.data.datamodule import Radiographs
+from covid_cls.data.image_source import DataSettings
 from covid_cls.data.manifest import read_manifest
 from covid_cls.data.readers import read_image
 from covid_cls.data.store import draw_on_canvas
 from covid_cls.errors import InputError
-from covid_cls.labels import TASKS
-from covid_cls.models.scorer import Scorer
+from covid_cls.models.inference import Scorer
+from covid_cls.tasks import TASKS
 from tests.training.small import compose_small, make_classifier, make_data
 
 REAL = Path(__file__).parents[2].parent / "shared" / "cxr"
@@ -36,19 +37,19 @@ class Fitted(NamedTuple):
             return np.asarray(self.scorer.embed(torch.from_numpy(squares.copy()).unsqueeze(1))[1].numpy())
 
     def codes(self, squares: Squares) -> list[set[str]]:
-        return [set(found) for found in Screen(self.tensors).reasons(squares, self.embedded(squares))]
+        return [set(found) for found in OodDetector(self.tensors).reasons(squares, self.embedded(squares))]
 
 
 def fitted(cache: Path, *words: str) -> Fitted:
     settings = compose_small("data.size=48", "preprocess.crop=48", "data.batch_size=16", *words)
     data = make_data(settings, cache)
     scorer = make_classifier(settings).scorer()
-    return Fitted(scorer, data, fit_screen(scorer, data))
+    return Fitted(scorer, data, fit_ood(scorer, data))
 
 
 @pytest.fixture(scope="module")
 def phantoms(cache: Path) -> Fitted:
-    """A screen of an untrained network on 150 phantoms."""
+    """The OOD check of an untrained network on 150 phantoms."""
     return fitted(cache, "data.images=150", "augment=none")
 
 
@@ -63,13 +64,13 @@ def share(codes: list[set[str]], code: str) -> float:
     return float(np.mean([code in found for found in codes]))
 
 
-def test_other_images_of_the_kind_are_seldom_flagged(phantoms: Fitted, unseen: Squares) -> None:
+def test_other_phantoms_are_rarely_flagged(phantoms: Fitted, unseen: Squares) -> None:
     assert np.mean([bool(found) for found in phantoms.codes(unseen)]) <= 0.1
 
 
 @pytest.mark.parametrize("inverted", [False, True])
 @pytest.mark.parametrize("turns", [0, 1, 2, 3])
-def test_turned_and_inverted_images_are_called_so(
+def test_rotated_and_inverted_images_get_their_codes(
     phantoms: Fitted, unseen: Squares, inverted: bool, turns: int
 ) -> None:
     squares = np.rot90(255 - unseen if inverted else unseen, turns, (1, 2))
@@ -78,7 +79,7 @@ def test_turned_and_inverted_images_are_called_so(
         assert share(codes, code) >= 0.9 if holds else share(codes, code) <= 0.05
 
 
-def test_what_is_no_radiograph_is_flagged(phantoms: Fitted) -> None:
+def test_images_other_than_radiographs_are_flagged(phantoms: Fitted) -> None:
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (20, 48, 48), dtype=np.uint8)
     levels = np.stack([np.full((48, 48), level, np.uint8) for level in (0, 1, 128, 255)])
@@ -86,16 +87,19 @@ def test_what_is_no_radiograph_is_flagged(phantoms: Fitted) -> None:
     parts = np.stack([photo[top : top + 384 : 8, left : left + 384 : 8] for top in (0, 40) for left in (0, 200)])
     for squares in (noise, levels, parts):
         assert share(phantoms.codes(squares), "unlike_a_chest_radiograph") == 1
-    assert not any({"rotated", "inverted"} & found for found in phantoms.codes(noise))  # no way up it would be a chest
+    assert not any(
+        {"rotated", "inverted"} & found for found in phantoms.codes(noise)
+    )  # in no orientation it looks like a chest
 
 
 @pytest.mark.real
-@pytest.mark.skipif(not REAL.is_dir(), reason="../shared/cxr is not here")
-def test_radiographs_of_other_hospitals_pass_and_their_copies_do_not(cache: Path) -> None:
+@pytest.mark.skipif(not REAL.is_dir(), reason="../shared/cxr is not available")
+def test_radiographs_of_other_hospitals_pass_and_their_altered_copies_do_not(cache: Path) -> None:
     path = str(REAL / "darkcovidnet" / "manifest.csv")
-    data = Radiographs(TASKS["three_class"], 48, 0, kind="manifest", path=path, size=54, cache=str(cache))
+    settings = DataSettings("manifest", path=path, size=54, cache=str(cache))
+    data = Radiographs(TASKS["three_class"], 48, 0, settings)
     scorer = make_classifier(compose_small("preprocess.crop=48", "data.size=54", "task=three_class")).scorer()
-    radiographs = Fitted(scorer, data, fit_screen(scorer, data))
+    radiographs = Fitted(scorer, data, fit_ood(scorer, data))
     files = read_manifest(REAL / "external" / "manifest.csv")["file"]
     squares = np.stack([draw_on_canvas(read_image(Path(file)), 54, 48) for file in files[:40]])
     assert np.mean([bool(found) for found in radiographs.codes(squares)]) <= 0.1
@@ -103,42 +107,42 @@ def test_radiographs_of_other_hospitals_pass_and_their_copies_do_not(cache: Path
     assert share(radiographs.codes(np.rot90(squares, 2, (1, 2))), "rotated") >= 0.9
 
 
-def test_features_unlike_those_of_training_are_far(phantoms: Fitted, unseen: Squares) -> None:
-    screen, near = Screen(phantoms.tensors), phantoms.embedded(unseen)
-    assert share([set(found) for found in screen.reasons(unseen, near)], "far_from_training") <= 0.1
+def test_unusual_features_are_far_from_training(phantoms: Fitted, unseen: Squares) -> None:
+    detector, near = OodDetector(phantoms.tensors), phantoms.embedded(unseen)
+    assert share([set(found) for found in detector.reasons(unseen, near)], "far_from_training") <= 0.1
     for far in (4 * near + 1, np.full_like(near, np.nan)):
-        assert share([set(found) for found in screen.reasons(unseen, far)], "far_from_training") == 1
+        assert share([set(found) for found in detector.reasons(unseen, far)], "far_from_training") == 1
 
 
-def test_the_coarse_picture_does_not_depend_on_window_and_level(phantoms: Fitted, unseen: Squares) -> None:
-    screen, embedded = Screen(phantoms.tensors), phantoms.embedded(unseen)
+def test_reasons_do_not_depend_on_window_and_level(phantoms: Fitted, unseen: Squares) -> None:
+    detector, embedded = OodDetector(phantoms.tensors), phantoms.embedded(unseen)
     for squares in (unseen, np.rot90(unseen, 1, (1, 2))):
-        squares = squares // 2 * 2  # halved and back without rounding
-        assert screen.reasons(squares, embedded) == screen.reasons(squares // 2 + 60, embedded)
+        squares = squares // 2 * 2  # so that halving does not round
+        assert detector.reasons(squares, embedded) == detector.reasons(squares // 2 + 60, embedded)
 
 
-def test_only_the_square_that_the_network_sees_is_looked_at(phantoms: Fitted, unseen: Squares) -> None:
+def test_only_the_network_s_input_is_checked(phantoms: Fitted, unseen: Squares) -> None:
     framed = np.pad(unseen, ((0, 0), (6, 6), (6, 6)), constant_values=255)
-    screen, embedded = Screen(phantoms.tensors), phantoms.embedded(unseen)
+    detector, embedded = OodDetector(phantoms.tensors), phantoms.embedded(unseen)
     np.testing.assert_array_equal(phantoms.embedded(framed), embedded)
-    assert screen.reasons(framed, embedded) == screen.reasons(unseen, embedded)
+    assert detector.reasons(framed, embedded) == detector.reasons(unseen, embedded)
 
 
-def test_an_image_s_reasons_do_not_depend_on_the_others(phantoms: Fitted, unseen: Squares) -> None:
+def test_reasons_do_not_depend_on_the_other_images(phantoms: Fitted, unseen: Squares) -> None:
     mixed = np.concatenate([unseen[:4], 255 - unseen[:4], np.zeros((1, 48, 48), np.uint8)])
-    screen, embedded = Screen(phantoms.tensors), phantoms.embedded(mixed)
-    alone = [screen.reasons(mixed[k : k + 1], embedded[k : k + 1])[0] for k in range(len(mixed))]
-    assert screen.reasons(mixed, embedded) == alone
+    detector, embedded = OodDetector(phantoms.tensors), phantoms.embedded(mixed)
+    alone = [detector.reasons(mixed[k : k + 1], embedded[k : k + 1])[0] for k in range(len(mixed))]
+    assert detector.reasons(mixed, embedded) == alone
     assert {code for found in alone for code in found} <= set(REASONS)
 
 
-def test_the_same_screen_comes_from_the_same_network_and_split(phantoms: Fitted) -> None:
-    again = fit_screen(phantoms.scorer, phantoms.data)
+def test_the_fit_is_reproducible(phantoms: Fitted) -> None:
+    again = fit_ood(phantoms.scorer, phantoms.data)
     assert set(again) == set(phantoms.tensors)
     assert all(torch.equal(again[name], tensor) for name, tensor in phantoms.tensors.items())
 
 
-def test_the_test_split_is_not_looked_at(phantoms: Fitted, cache: Path) -> None:
+def test_the_test_split_is_not_used(phantoms: Fitted, cache: Path) -> None:
     data = make_data(
         compose_small("data.size=48", "preprocess.crop=48", "data.images=150", "data.batch_size=16", "augment=none"),
         cache,
@@ -147,29 +151,29 @@ def test_the_test_split_is_not_looked_at(phantoms: Fitted, cache: Path) -> None:
     images = np.array(data.images)
     images[rows] = 0
     data.images = images
-    again = fit_screen(phantoms.scorer, data)
+    again = fit_ood(phantoms.scorer, data)
     assert all(torch.equal(again[name], tensor) for name, tensor in phantoms.tensors.items())
 
 
-def test_tensors_survive_the_file(phantoms: Fitted, unseen: Squares) -> None:
+def test_tensors_can_be_saved_and_loaded(phantoms: Fitted, unseen: Squares) -> None:
     back = load(save(phantoms.tensors))
     embedded = phantoms.embedded(unseen)
-    assert Screen(back).reasons(unseen, embedded) == Screen(phantoms.tensors).reasons(unseen, embedded)
+    assert OodDetector(back).reasons(unseen, embedded) == OodDetector(phantoms.tensors).reasons(unseen, embedded)
     assert all(torch.isfinite(tensor).all() for tensor in back.values())
 
 
-def test_tensors_are_small_and_hold_no_image(phantoms: Fitted, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their size does not grow with the images, and fewer may be looked at than there are."""
+def test_tensors_are_small_and_contain_no_image(phantoms: Fitted, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their size does not depend on the number of images, which is limited."""
     assert sum(tensor.nbytes for tensor in phantoms.tensors.values()) < 500_000
-    monkeypatch.setattr(module, "MOST", 40)
-    fewer = fit_screen(phantoms.scorer, phantoms.data)
+    monkeypatch.setattr(module, "MAX_IMAGES", 40)
+    fewer = fit_ood(phantoms.scorer, phantoms.data)
     assert fewer["thumbnail.axes"].shape == phantoms.tensors["thumbnail.axes"].shape
-    assert fewer["embedding.axes"].shape[0] == 20  # half as many as images
+    assert fewer["embedding.axes"].shape[0] == 20  # half the number of images
     assert not torch.equal(fewer["thumbnail.mean"], phantoms.tensors["thumbnail.mean"])
 
 
 @pytest.mark.parametrize("words", [("data.images=36",), ("data.images=48", "task=three_class", "backbone=vgg11_bn")])
-def test_a_tiny_set_has_a_screen_that_lets_its_images_pass(cache: Path, words: tuple[str, ...]) -> None:
+def test_the_check_of_a_tiny_data_set_does_not_flag_its_images(cache: Path, words: tuple[str, ...]) -> None:
     small = fitted(cache, *words)
     crop = small.scorer.preprocess.crop
     canvases = np.stack([one[0].numpy() for one in small.data.dataset("train")[range(4)].x])
@@ -194,13 +198,13 @@ def test_a_tiny_set_has_a_screen_that_lets_its_images_pass(cache: Path, words: t
         ("crop", torch.zeros(2)),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(phantoms: Fitted, name: str, tensor: Tensor | None) -> None:
+def test_inconsistent_tensors_are_an_error(phantoms: Fitted, name: str, tensor: Tensor | None) -> None:
     rest = {key: value for key, value in phantoms.tensors.items() if key != name}
-    with pytest.raises(InputError, match="screen"):
-        Screen(rest if tensor is None else {**rest, name: tensor})
+    with pytest.raises(InputError, match="out-of-distribution check"):
+        OodDetector(rest if tensor is None else {**rest, name: tensor})
 
 
-def test_the_distance_is_mahalanobis_s() -> None:
+def test_the_distance_is_the_mahalanobis_distance() -> None:
     rng = np.random.default_rng(0)
     axes = np.linalg.qr(rng.normal(size=(6, 2)))[0].T
     mean, variances = rng.normal(size=6), np.array([4.0, 2.0, 0.5])
@@ -210,30 +214,30 @@ def test_the_distance_is_mahalanobis_s() -> None:
     np.testing.assert_allclose(np.exp(module._Gaussian(mean, axes, variances).distance(x)), expected)
 
 
-def test_cut_offs_known_by_hand() -> None:
+def test_cut_offs_of_known_scores() -> None:
     shuffled = np.random.default_rng(0).permutation(np.arange(1.0, 1000.0))
-    assert cut_off(shuffled) == 995  # ceil(1000 * 0.995)
-    assert cut_off(np.arange(1.0, 200.0)) == 199
+    assert fit_cut_off(shuffled) == 995  # ceil(1000 * 0.995)
+    assert fit_cut_off(np.arange(1.0, 200.0)) == 199
     # Two scores: mean 1, sd sqrt 2; the 0.995 quantile of t with 1 degree of freedom is tan(0.495 pi).
-    assert cut_off(np.array([0.0, 2.0])) == pytest.approx(1 + np.tan(0.495 * np.pi) * np.sqrt(2 * 1.5))
-    assert cut_off(np.full(7, 3.0)) == 3
-    assert cut_off(np.array([3.0])) > 1e30  # and finite, since it goes into a file
-    assert np.isfinite(cut_off(np.array([3.0])))
+    assert fit_cut_off(np.array([0.0, 2.0])) == pytest.approx(1 + np.tan(0.495 * np.pi) * np.sqrt(2 * 1.5))
+    assert fit_cut_off(np.full(7, 3.0)) == 3
+    assert fit_cut_off(np.array([3.0])) > 1e30  # but finite, because it is stored in a file
+    assert np.isfinite(fit_cut_off(np.array([3.0])))
 
 
 @pytest.mark.parametrize(("n", "exceeds"), [(199, ALPHA), (399, ALPHA), (300, 1 / 301)])
-def test_a_new_score_exceeds_the_cut_off_as_often_as_promised(n: int, exceeds: float) -> None:
+def test_new_scores_exceed_the_cut_off_at_the_promised_rate(n: int, exceeds: float) -> None:
     rng = np.random.default_rng(0)
-    shares = [1 - cut_off(rng.random(n)) for _ in range(2000)]  # of uniform scores, so exact for each set
+    shares = [1 - fit_cut_off(rng.random(n)) for _ in range(2000)]  # exact for uniform scores
     assert np.mean(shares) == pytest.approx(exceeds, abs=4 * np.std(shares) / np.sqrt(2000))
 
 
-def test_few_normal_scores_are_exceeded_as_often_as_promised() -> None:
+def test_the_rate_is_also_right_for_few_normal_scores() -> None:
     rng = np.random.default_rng(0)
-    exceeded = np.mean([rng.normal(size=50) > cut_off(rng.normal(size=7)) for _ in range(2000)])
+    exceeded = np.mean([rng.normal(size=50) > fit_cut_off(rng.normal(size=7)) for _ in range(2000)])
     assert 0.5 * ALPHA < exceeded < 1.3 * ALPHA
 
 
-def test_every_code_says_what_it_means() -> None:
+def test_every_code_has_a_meaning() -> None:
     assert set(REASONS) == {"inverted", "rotated", "unlike_a_chest_radiograph", "far_from_training"}
     assert all(REASONS.values())
