@@ -1,4 +1,4 @@
-"""A small sweep seen through TensorBoard: by its HTTP interface, and by a person's eyes in a browser."""
+"""TensorBoard shows a small sweep: its HTTP interface has the data, and a browser displays them."""
 
 import json
 import re
@@ -16,7 +16,7 @@ import pytest
 from tests.browser import CHROMIUM, Page, chromium, stop
 from tests.conftest import SMALL, Command
 
-pytestmark = pytest.mark.slow(reason="TensorBoard's server and the browser are processes that talk over sockets")
+pytestmark = pytest.mark.slow(reason="TensorBoard's server and the browser are processes that communicate over sockets")
 CLASSES = ("covid", "normal", "pneumonia")
 CHARTS = {
     "validation": [
@@ -33,13 +33,18 @@ CHARTS = {
 
 
 class Board(NamedTuple):
-    """A running TensorBoard and the names that it gives to the runs."""
+    """A running TensorBoard.
+
+    Attributes:
+        url: Its address.
+        runs: Names that it gives to the runs.
+    """
 
     url: str
     runs: list[str]
 
     def ask(self, path: str, body: dict[str, Any] | None = None, **query: str) -> Any:
-        """What TensorBoard answers under /data, from JSON."""
+        """Return the JSON that TensorBoard answers under /data."""
         url = f"{self.url}data/{path}?{urllib.parse.urlencode(query)}"
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
@@ -49,16 +54,16 @@ class Board(NamedTuple):
 
 @pytest.fixture(scope="module")
 def board(train: Command, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
-    """TensorBoard over two runs of three epochs, once it has read both."""
+    """Return TensorBoard for two runs of three epochs after it has read both."""
     folder = tmp_path_factory.mktemp("board")
-    words = ("task=three_class", "trainer.max_epochs=3", "image_every=2", "probes=false", "audit=off", "test=false")
+    words = ("task=three_class", "trainer.max_epochs=3", "image_every=2", "baselines=false", "audit=off", "test=false")
     for strategy in ("fc", "partial"):
         done = train(folder, f"strategy={strategy}", *SMALL, *words)
         assert done.returncode == 0, done.stderr
     outputs = folder / "outputs"
     runs = sorted(path.parent.relative_to(outputs).as_posix() + "/tensorboard" for path in outputs.rglob("run.json"))
     assert len(runs) == 2
-    # One process that reads by itself: it ends with its parent's signal, and leaves no other behind.
+    # Without fast loading, TensorBoard is a single process, which stops at a signal and leaves no other process.
     words = ("--logdir", str(outputs), "--host", "localhost", "--port", "0", "--load_fast", "false")
     command = [sys.executable, "-m", "tensorboard.main", *words, "--reload_interval", "1"]
     with (folder / "log").open("w") as log:
@@ -72,15 +77,15 @@ def board(train: Command, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def _address(server: subprocess.Popen[bytes], log: Path) -> str:
-    """The address that the server prints once it listens, however long that takes."""
-    while not (said := re.search(r"TensorBoard \S+ at (http://localhost:\d+/)", log.read_text())):
+    """Wait for the address that the server prints as soon as it listens."""
+    while not (match := re.search(r"TensorBoard \S+ at (http://localhost:\d+/)", log.read_text())):
         assert server.poll() is None, log.read_text()
         time.sleep(0.1)
-    return said[1]
+    return match[1]
 
 
 def _wait_until_read(board: Board, server: subprocess.Popen[bytes]) -> None:
-    """Return once the server shows both cards of each run, which come last into a run's files."""
+    """Wait until the server shows both cards of each run, which are the last entries of a run."""
     while sorted(run for run, tags in board.ask("plugin/text/tags").items() if len(tags) == 2) != board.runs:
         assert server.poll() is None
         time.sleep(0.1)
@@ -104,13 +109,13 @@ def test_every_plugin_has_data_of_every_run(board: Board) -> None:
         assert [curve["step"] for curve in curves] == [1, 3]
 
 
-def test_scalars_stand_in_few_groups(board: Board) -> None:
+def test_scalars_are_in_few_groups(board: Board) -> None:
     for run, tags in board.ask("plugin/scalars/tags").items():
         groups = {tag.split("/")[0] for tag in tags}
         assert groups == {"accuracy", "auroc", "best", "epoch", "f1", "loss", "lr", "sensitivity", "speed"}, run
 
 
-def test_each_chart_of_the_layout_lays_the_runs_over_one_another(board: Board) -> None:
+def test_each_chart_of_the_layout_has_a_curve_of_every_run(board: Board) -> None:
     layout = board.ask("plugin/custom_scalars/layout")["category"]
     assert {part["title"]: [chart["title"] for chart in part["chart"]] for part in layout} == CHARTS
     for part in layout:
@@ -118,15 +123,16 @@ def test_each_chart_of_the_layout_lays_the_runs_over_one_another(board: Board) -
             for tag in chart["multiline"]["tag"]:
                 for run in board.runs:
                     lines = board.ask("plugin/custom_scalars/scalars", run=run, tag=tag)["tag_to_events"]
-                    # Without pretrained weights no backbone learns more slowly than the head.
+                    # With random initialisation, the backbone has no separate learning rate.
                     assert set(lines) == ({tag.rstrip("$")} if tag != "lr/backbone$" else set())
                     assert all(len(points) == 3 for points in lines.values())
 
 
-def test_hparams_has_a_row_for_each_run_with_validation_scores_alone(board: Board) -> None:
+def test_hparams_has_a_row_with_validation_scores_for_each_run(board: Board) -> None:
     experiment = board.ask("plugin/hparams/experiment", {"experimentName": ""})
     columns = [info["name"] for info in experiment["hparamInfos"]]
-    assert columns[:5] == ["backbone", "loss", "seed", "strategy", "task"]  # those that are shown at first
+    # The columns that are shown by default.
+    assert columns[:5] == ["backbone", "loss", "seed", "strategy", "task"]
     scores = [info["name"]["tag"] for info in experiment["metricInfos"]]
     assert [info["displayName"] for info in experiment["metricInfos"]] == [
         "loss (val)",
@@ -135,14 +141,14 @@ def test_hparams_has_a_row_for_each_run_with_validation_scores_alone(board: Boar
         "F1 (val)",
         "covid sensitivity (val)",
     ]
-    asked = {
+    query = {
         "experimentName": "",
         "allowedStatuses": ["STATUS_SUCCESS"],
         "colParams": [],
         "startIndex": 0,
         "sliceSize": 100,
     }
-    rows = board.ask("plugin/hparams/session_groups", asked)["sessionGroups"]
+    rows = board.ask("plugin/hparams/session_groups", query)["sessionGroups"]
     assert sorted(row["sessions"][0]["name"] for row in rows) == board.runs
     for row in rows:
         (session,) = row["sessions"]
@@ -162,14 +168,14 @@ def test_hparams_has_a_row_for_each_run_with_validation_scores_alone(board: Boar
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Page]:
-    """A browser's window."""
+    """Return the window of a browser."""
     if CHROMIUM is None:
         pytest.skip("no chromium, chromium-browser or google-chrome is installed")
     with chromium() as shown:
         yield shown
 
 
-# What a person looks for in each tab, beside the names of the runs.
+# Text that each tab must show, in addition to the names of the runs.
 TABS = {
     "timeseries": ["accuracy", "auroc", "Smoothed"],
     "scalars": ["accuracy/train", "accuracy/val", "auroc/val"],
@@ -187,6 +193,7 @@ def test_each_tab_shows_its_data_in_a_browser(tab: str, page: Page, board: Board
     page.open(f"{board.url}#{tab}")
     text = page.wait_for(*TABS[tab], *names)
     if tab == "images":
-        page.wait_for_pictures(4)  # of two runs a confusion matrix and a Grad-CAM panel
+        # A confusion matrix and a Grad-CAM panel of each of the two runs.
+        page.wait_for_pictures(4)
     if tab == "hparams":
         assert not re.search(r"\b(NaN|None|undefined)\b|-1\b", text)

@@ -1,1 +1,1 @@
-"""Figures and TensorBoard writers: they read results, never the network."""
+"""Run outputs, reports of sweeps, HTML pages, figures and TensorBoard entries."""

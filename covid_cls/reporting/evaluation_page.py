@@ -1,266 +1,326 @@
-"""One evaluation for its readers: metrics.json, figures, evaluation.html, and a table on the console."""
+"""The subject of an evaluation, and its result as files, as text for the console and as a page."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
+from matplotlib.figure import Figure
 
-from covid_cls.evaluation.predictions import Predictions
-from covid_cls.labels import Task
-from covid_cls.records import DISCLAIMER, whole_file, write_json
-from covid_cls.reporting import html
-from covid_cls.reporting.evaluation_figures import decision_curves, reliability_curves
-from covid_cls.reporting.figures import confusion_matrix, save_figure
-from covid_cls.reporting.report_figures import confusion_table, precision_recall_figure, roc_figure
-from covid_cls.reporting.text import text_table
+from covid_cls.errors import InputError
+from covid_cls.evaluation.predictions import Predictions, finished_run, load_predictions, refuse_shared_images
+from covid_cls.evaluation.thresholds import check_frozen_targets, fit_operating, frozen_operating
+from covid_cls.io import DISCLAIMER, MODEL, atomic_file, write_json, write_predictions
+from covid_cls.reporting.access_log import record_test_access
+from covid_cls.reporting.figures import (
+    confusion_matrix,
+    decision_curves,
+    precision_recall_panel,
+    reliability_curves,
+    roc_panel,
+    save_figure,
+)
+from covid_cls.reporting.html import (
+    Table,
+    confusion,
+    number,
+    render,
+    score_label,
+    svg_figure,
+    text_table,
+    with_interval,
+)
+from covid_cls.tasks import Task
 
-_OVERALL = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "macro_auroc": "macro AUROC",
-    "macro_f1": "macro F1",
-    "mcc": "MCC",
-    "brier": "Brier score",
-    "nll": "negative log likelihood",
-    "label_accuracy": "accuracy per label",
-    "covid_f1_at_half": "covid F1, label cut at 0.5",
-}
-_RATES = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "npv": "NPV"}
-_CLASS = {"auroc": "AUROC", "average_precision": "average precision", **_RATES, "f1": "F1"}
-_SOURCE = {
-    "accuracy": "accuracy",
-    "covid.auroc": "covid AUROC",
-    "covid.sensitivity": "covid sensitivity",
-    "covid.specificity": "covid specificity",
-}
-Rows = list[tuple[str, ...]]
+_OVERALL = (
+    *("accuracy", "balanced_accuracy", "macro_auroc", "macro_f1", "mcc", "brier", "nll"),
+    # Of the multilabel task only.
+    *("label_accuracy", "covid_f1_at_half"),
+)
+_RATES = ("sensitivity", "specificity", "ppv", "npv")
+_POINT_HEADERS = ("threshold", *map(score_label, _RATES))
+_PER_CLASS = ("auroc", "average_precision", *_RATES, "f1")
+_PER_SOURCE = ("accuracy", "covid.auroc", "covid.sensitivity", "covid.specificity")
+_WITHOUT_IMAGES = ("accuracy", "balanced_accuracy", "nll", "brier")
+# Notes that forbid to read the scores as evidence are repeated at the top of the page.
+_SEVERE = ("SOURCE-CONFOUNDED", "LEAKY SPLIT")
+Rows = list[list[str]]
+
+
+class Subject(NamedTuple):
+    """The predictions that are evaluated.
+
+    Attributes:
+        scored: The predictions.
+        operating: Temperature and thresholds that were fitted on validation; None without validation predictions.
+        output: Default folder of the results.
+        facts: What metrics.json says about the subject: subject, split and, for a test split, its accesses.
+        model: Folder of the model whose card takes the results; None if there is none.
+    """
+
+    scored: Predictions
+    operating: dict[str, Any] | None
+    output: Path
+    facts: dict[str, Any]
+    model: Path | None = None
+
+
+def run_subject(folder: Path, targets: dict[str, float], command: str) -> Subject:
+    """Return the test predictions of a finished run.
+
+    Args:
+        folder: Folder of the run.
+        targets: Sensitivity and specificity to reach on validation, as for `fit_operating`.
+        command: The command as typed, for the log of test-set accesses.
+
+    Raises:
+        InputError: If the run is not finished or has no test predictions.
+    """
+    record, task = finished_run(folder)
+    # Temperature and thresholds are frozen before the test predictions are read, so that they cannot depend on them.
+    operating = frozen_operating(folder, task, **targets)
+    path = folder / "predictions-test.csv"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file. Train the run with test=true to save its test predictions.")
+    accesses = record_test_access(folder, command)
+    # Records of earlier versions have this key.
+    facts = {"subject": folder.name, "split": "test", "openings": accesses._asdict()}
+    scored = _with_notes(load_predictions(path, task), record.get("notes", []))
+    model = folder / MODEL if (folder / MODEL).is_dir() else None
+    return Subject(scored, operating, folder / "evaluation", facts, model)
+
+
+def external_subject(folder: Path, targets: dict[str, float], data: dict[str, Any], output: Path | None) -> Subject:
+    """Predict other images with a model and write predictions-external.csv to `output`.
+
+    The model uses its own preprocessing, temperature and thresholds. If it is the model of a run, images that it may
+    have been trained on are noted.
+
+    Args:
+        folder: Folder of a model, or of a run.
+        targets: As for `fit_operating`; they must match the thresholds of the model.
+        data: Settings of `ExternalRadiographs`.
+        output: Folder of the results; None: next to the model.
+    """
+    # Imported here because predictions from a CSV need no torch.
+    from covid_cls.bundle.model import load
+    from covid_cls.data.datamodule import EXTERNAL_SPLIT, ExternalRadiographs, seen_in_training
+    from covid_cls.data.image_source import DataSettings
+    from covid_cls.training.split_predictions import predict_split
+
+    config = finished_run(folder)[0]["config"] if (folder / "run.json").is_file() else None
+    model = load(folder)
+    operating = check_frozen_targets(model.record["operating"], targets, folder)
+    view = model.scorer.preprocess
+    images = ExternalRadiographs(model.task, view.size, view.crop, DataSettings(**data))
+    output = output or folder / f"evaluation-{images.name}"
+    path = output / "predictions-external.csv"
+    write_predictions(predict_split(model.scorer, images, EXTERNAL_SPLIT), path)
+    unknown = "it is unknown whether the model was trained on some of these images; run= instead of model= checks that"
+    seen = seen_in_training(images.table, config["data"]) if config else [unknown]
+    scored = _with_notes(load_predictions(path, model.task), [*images.notes, *seen, *model.record["notes"]])
+    facts = {"subject": f"{model.record['name']} on {images.name}", "split": EXTERNAL_SPLIT}
+    return Subject(scored, operating, output, facts)
+
+
+def csv_subject(path: Path, targets: dict[str, float], validation: Path | None, task: Task | None) -> Subject:
+    """Return predictions from a CSV file of any origin.
+
+    Args:
+        path: The predictions.
+        targets: As for `fit_operating`.
+        validation: Predictions of other images, to which temperature and thresholds are fitted.
+        task: None to infer it from the columns.
+    """
+    scored = load_predictions(path, task)
+    operating = None
+    if validation:
+        val = load_predictions(validation, scored.task)
+        refuse_shared_images(val.table, scored.table, validation, path)
+        operating = fit_operating(val.table, scored.task, **targets)
+    # A file of unknown origin does not tell to which split its images belong.
+    return Subject(scored, operating, path.parent / "evaluation", {"subject": path.name, "split": None})
 
 
 def write_evaluation(output: Path, record: dict[str, Any], scored: Predictions) -> None:
-    """Write metrics.json, figures/*.png and evaluation.html of `assess`'s record with its facts into `output`.
+    """Write metrics.json, figures/*.png and evaluation.html into `output`.
 
-    record: with subject, split and, for a run's test split, openings. scored: the predictions that it is about.
+    Args:
+        output: Folder of the results.
+        record: The record of `assess` and the facts of the `Subject`.
+        scored: The predictions that the record is about.
     """
     task, tables = scored.task, [scored.table]
     write_json(output / "metrics.json", {"disclaimer": DISCLAIMER, **record})
-    drawn = {
-        "roc": (roc_figure(tables, task), "Each class against the rest."),
-        "precision_recall": (precision_recall_figure(tables, task), "Depends on how frequent a class is here."),
-        "reliability": (
-            reliability_curves(record["calibration"]),
-            "Perfect calibration follows the dashed line. Bars: 95 % over a bin's images.",
-        ),
-        "decision_curve": (
-            decision_curves(record["decision_curve"]),
-            "True less false positives per image, a false one weighing threshold / (1 − threshold).",
-        ),
+    figures = {
+        "roc": roc_panel(tables, task),
+        "precision_recall": precision_recall_panel(tables, task),
+        "reliability": reliability_curves(record["calibration"]),
+        "decision_curve": decision_curves(record["decision_curve"]),
     }
-    for name, (figure, _) in drawn.items():
-        save_figure(figure, output / "figures" / f"{name}.png")
     counts = record["image"]["confusion"]["counts"]
-    save_figure(confusion_matrix(counts, task.classes, _title(record)), output / "figures" / "confusion.png")
-    pictures = {name: html.figure(figure, caption) for name, (figure, caption) in drawn.items()}
-    with whole_file(output / "evaluation.html") as file:
-        file.write(_page(record, task, pictures).encode())
+    pictures = {**figures, "confusion": confusion_matrix(counts, task.classes, _title(record))}
+    # The PNG files come first, because the page makes the background of its figures transparent.
+    for name, figure in pictures.items():
+        save_figure(figure, output / "figures" / f"{name}.png")
+    with atomic_file(output / "evaluation.html") as file:
+        file.write(_page(record, figures).encode())
 
 
 def text_lines(record: dict[str, Any]) -> list[str]:
-    """The record in a table and its notes, for the console."""
+    """Return the most important scores and all notes of a record, as text for the console."""
     levels = _levels(record)
-    rows: Rows = [("", *levels), *_overall_rows(record)]
+    rows = [["", *levels], *_overall_rows(record)]
     for name in record["classes"]:
         for score in ("auroc", "sensitivity", "specificity"):
-            shown = (_shown(level["per_class"][name][score]) for level in levels.values())
-            rows.append((f"{name} {_CLASS[score]}", *shown))
+            values = (level["per_class"][name][score] for level in levels.values())
+            rows.append([f"{name} {score_label(score)}", *map(with_interval, values)])
     lines = [_title(record), text_table(rows)]
-    points = [row for row in _point_rows(record["image"]["operating_points"]) if row[1] != "–"]
+    # The most probable class has no threshold; its rates are in the table above.
+    points = [row for row in _point_rows(record["image"]) if row[1] != "–"]
     if points:
-        lines += ["covid by thresholds chosen on validation:", text_table([_POINT_HEADS, *points])]
-    calibration = record["calibration"]
-    stages = [(name, calibration[name]) for name in ("before", "after") if calibration[name]]
-    for name, part in stages:
-        gap = part.get("ece") or part["covid_ece"]
-        lines.append(
-            f"calibration {name} temperature: ECE {_number(gap['value'])} (a perfect model: {_number(gap['null'])}), "
-            f"slope {_shown(part['slope'], 2)}"
-        )
-    return [*lines, *(f"note: {note}" for note in record["notes"]), *_openings(record), DISCLAIMER]
+        lines += [
+            "covid by thresholds chosen on validation:",
+            text_table([["", *_POINT_HEADERS], *points]),
+        ]
+    for name in ("before", "after"):
+        if part := record["calibration"][name]:
+            # A multilabel task has no most probable class and therefore no ECE of it.
+            error = part.get("ece") or part["covid_ece"]
+            lines.append(
+                f"calibration {name} temperature: ECE {number(error['value'])} "
+                f"(a perfect model: {number(error['null'])}), slope {with_interval(part['slope'], 2)}"
+            )
+    return [*lines, *(f"note: {note}" for note in record["notes"]), *_accesses(record), DISCLAIMER]
 
 
-_POINT_HEADS = ("", "threshold", *_RATES.values())
+def _with_notes(scored: Predictions, notes: list[str]) -> Predictions:
+    return scored._replace(notes=[*notes, *scored.notes])
 
 
 def _title(record: dict[str, Any]) -> str:
-    where = f", {record['split']}" if record["split"] else ""
-    return f"{record['subject']}{where}: {record['n_images']} images of {record['n_patients']} patients"
+    split = f", {record['split']}" if record["split"] else ""
+    return f"{record['subject']}{split}: {record['n_images']} images of {record['n_patients']} patients"
 
 
-def _page(record: dict[str, Any], task: Task, pictures: dict[str, str]) -> str:
-    level = f"{100 * record['settings']['level']:g} %"
-    lead = html.paragraph(_title(record)) + "".join(html.paragraph(text) for text in _openings(record))
-    grave = [note for note in record["notes"] if note.startswith(("SOURCE-CONFOUNDED", "LEAKY SPLIT"))]
-    lead += "".join(html.paragraph(note, "banner bad") for note in grave)
-    sections = [
-        html.Section(
-            "Scores",
-            html.table(["", *_levels(record)], _overall_rows(record)) + _class_tables(record),
-            f"In brackets: {level} intervals by the patient bootstrap, {record['settings']['resamples']} resamples, "
-            "exact where no resample differs. They cover the choice of patients, not of training seed or "
-            "hospital. The decision is the most probable class.",
-        ),
-        html.Section(
-            "Confusion and ranking",
-            html.panels(
-                [
-                    confusion_table(np.array(level["confusion"]["counts"]), task, words)
-                    for words, level in _levels(record).items()
-                ]
-            )
-            + html.panels([pictures["roc"], pictures["precision_recall"]]),
-        ),
-        _operating_section(record),
-        _calibration_section(record, pictures["reliability"]),
-        html.Section(
-            "Decision curve",
-            html.panels([pictures["decision_curve"]]),
-            "A model is of use where its curve lies above both treating everybody and treating nobody.",
-        ),
-        _source_section(record),
-        html.Section(
-            "Without looking at images",
-            html.table(["", "accuracy", "balanced accuracy", "NLL", "Brier score"], _baseline_rows(record)),
-            f"Class shares are those of {record['baselines']['shares_from']}.",
-        ),
-        html.Section("Notes", html.bullets(record["notes"])),
-    ]
-    return html.page(f"Evaluation of {record['subject']}", lead, sections)
+def _accesses(record: dict[str, Any]) -> list[str]:
+    accesses = record.get("openings")
+    if not accesses:
+        return []
+    if accesses["times"] == 1:
+        return ["This is the first access to the test predictions of this run."]
+    return [f"The test predictions of this run were accessed {accesses['times']} times since {accesses['first']}."]
+
+
+def _levels(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the scores per image and, if patients have several images, per patient."""
+    return {title: record[name] for title, name in (("Images", "image"), ("Patients", "patient")) if record[name]}
 
 
 def _overall_rows(record: dict[str, Any]) -> Rows:
     levels = [level["overall"] for level in _levels(record).values()]
     return [
-        (words, *(_shown(level[name]) for level in levels)) for name, words in _OVERALL.items() if name in levels[0]
+        [score_label(name), *(with_interval(level[name]) for level in levels)] for name in _OVERALL if name in levels[0]
     ]
 
 
-def _class_tables(record: dict[str, Any]) -> str:
-    parts = []
-    for words, level in _levels(record).items():
-        classes = level["per_class"]
-        heads = [words, *(f"{name}, n = {scores['n']}" for name, scores in classes.items())]
-        rows = [(label, *(_shown(classes[name][score]) for name in classes)) for score, label in _CLASS.items()]
-        parts.append(html.table(heads, rows))
-    return "".join(parts)
-
-
-def _levels(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {words: record[name] for words, name in (("Images", "image"), ("Patients", "patient")) if record[name]}
-
-
-def _operating_section(record: dict[str, Any]) -> html.Section:
-    parts = []
-    for words, level in _levels(record).items():
-        points = level["operating_points"]
-        shares = [at["prevalence"] for at in points["decision"]["at_prevalence"]]
-        parts.append(html.table([words, *_POINT_HEADS[1:]], _point_rows(points)))
-        rows = [
-            (_words(name), *(f"{_number(at['ppv'])} / {_number(at['npv'])}" for at in point["at_prevalence"]))
-            for name, point in points.items()
-        ]
-        parts.append(html.table([f"{words}: PPV / NPV at", *(f"{share:.0%} covid" for share in shares)], rows))
-    return html.Section(
-        "Operating points",
-        "".join(parts),
-        "Covid against the rest. Thresholds of calibrated p(covid) were chosen on validation and frozen before these "
-        "images were looked at; the decision is the most probable class. PPV and NPV depend on how frequent covid is: "
-        "the lower tables give them elsewhere, by Bayes, for the same sensitivity and specificity.",
-    )
-
-
-def _point_rows(points: dict[str, Any]) -> Rows:
+def _point_rows(level: dict[str, Any]) -> Rows:
     return [
-        (_words(name), _number(point["threshold"]), *(_shown(point[rate]) for rate in _RATES))
-        for name, point in points.items()
+        [_point_title(name), number(point["threshold"]), *(with_interval(point[rate]) for rate in _RATES)]
+        for name, point in level["operating_points"].items()
     ]
 
 
-def _calibration_section(record: dict[str, Any], picture: str) -> html.Section:
-    calibration = record["calibration"]
-    stages = [name for name in ("before", "after") if calibration[name]]
-    parts = [calibration[name] for name in stages]
-    rows: Rows = [
-        ("negative log likelihood", *(_number(part["nll"]) for part in parts)),
-        ("Brier score", *(_number(part["brier"]) for part in parts)),
-    ]
-    for name, words in (("ece", "ECE, most probable class"), ("covid_ece", "ECE, p(covid)")):
-        if name in parts[0]:
-            rows.append((words, *(_number(part[name]["value"]) for part in parts)))
-            null = (f"{_number(part[name]['null'])}, up to {_number(part[name]['null_p95'])}" for part in parts)
-            rows.append(("… of a perfectly calibrated model", *null))
-    rows += [(f"covid, {name}", *(_shown(part[name], 2) for part in parts)) for name in ("slope", "intercept")]
-    fitted = (
-        f"One temperature, T = {calibration['temperature']:.3f}, was fitted to validation. "
-        if calibration["temperature"]
-        else "Without validation predictions no temperature was fitted. "
-    )
-    return html.Section(
-        "Calibration",
-        html.table(["", *stages], rows) + html.panels([picture]),
-        f"{fitted}An ECE means something only beside that of a perfectly calibrated model on as many images (mean, "
-        "and 95 % of draws below). A slope below 1 is overconfidence, an intercept below 0 too much covid.",
-    )
-
-
-def _source_section(record: dict[str, Any]) -> html.Section:
-    classes: Sequence[str] = record["classes"]
-    rows = [
-        (
-            block["source"] + (", one label" if block["label_pure"] else ""),
-            *(str(block[key]) for key in ("n_images", "n_patients")),
-            " / ".join(str(block["n_per_class"][name]) for name in classes),
-            *(_shown(block["scores"].get(name)) for name in _SOURCE),
-        )
-        for block in record["sources"]
-    ]
-    heads = ["source", "images", "patients", " / ".join(classes), *_SOURCE.values()]
-    return html.Section(
-        "Sources",
-        html.table(heads, rows),
-        f"Cramér's V of source and label: {_number(record['source_association'], 2)} (1: the source gives the label "
-        "away). Within a source of one label nothing can be told apart.",
-    )
-
-
-def _baseline_rows(record: dict[str, Any]) -> Rows:
-    constant, random = record["baselines"]["constant"], record["baselines"]["random"]
-    kept = ("accuracy", "balanced_accuracy", "nll", "brier")
-    return [
-        (f"always {constant['class']}, class shares as probabilities", *(_number(constant[name]) for name in kept)),
-        ("classes drawn by their shares", *(_number(random.get(name)) for name in kept)),
-    ]
-
-
-def _openings(record: dict[str, Any]) -> list[str]:
-    openings = record.get("openings")
-    if not openings:
-        return []
-    times = "once, now" if openings["times"] == 1 else f"{openings['times']} times since {openings['first']}"
-    return [f"The test predictions of this run were opened {times}."]
-
-
-def _words(point: str) -> str:
-    """An operating point's name in words, e.g. "sensitivity 95 %"."""
+def _point_title(point: str) -> str:
+    """Return a readable name of an operating point, e.g. "sensitivity 95 %"."""
     name, _, percent = point.partition("_")
     return f"{name} {percent} %" if percent else {"decision": "most probable class", "youden": "Youden"}[name]
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+def _page(record: dict[str, Any], figures: dict[str, Figure]) -> str:
+    levels = _levels(record)
+    captions = {
+        "roc": "Each class against the rest.",
+        "precision_recall": "Precision depends on how frequent a class is in these images.",
+        "reliability": "Perfect calibration follows the dashed line. Bars: 95 % intervals over the images of a bin.",
+        "decision_curve": "Net benefit per image: true positives − false positives × threshold / (1 − threshold).",
+    }
+    return render(
+        "evaluation.html.j2",
+        record=record,
+        title=_title(record),
+        accesses=_accesses(record),
+        severe=[note for note in record["notes"] if note.startswith(_SEVERE)],
+        level=f"{100 * record['settings']['level']:g} %",
+        overall=Table(["", *levels], _overall_rows(record)),
+        classes=[_class_table(title, level["per_class"]) for title, level in levels.items()],
+        confusion=[
+            confusion(record["classes"], level["confusion"]["counts"], title) for title, level in levels.items()
+        ],
+        figures={name: svg_figure(figure, captions[name]) for name, figure in figures.items()},
+        points=[table for title, level in levels.items() for table in _point_tables(title, level)],
+        temperature=number(record["calibration"]["temperature"]) if record["calibration"]["after"] else None,
+        calibration=_calibration_table(record["calibration"]),
+        association=number(record["source_association"], 2),
+        sources=_source_table(record),
+        without_images=_without_images_table(record["baselines"]),
+    )
 
 
-def _shown(interval: dict[str, Any] | None, digits: int = 3) -> str:
-    """A figure with its interval, e.g. "0.871 (0.843 to 0.899)"; a dash where it is undefined."""
-    if interval is None or interval["value"] is None:
-        return "–"
-    return f"{interval['value']:.{digits}f} ({_number(interval['low'], digits)} to {_number(interval['high'], digits)})"
+def _class_table(title: str, classes: dict[str, Any]) -> Table:
+    headers = [title, *(f"{name}, n = {scores['n']}" for name, scores in classes.items())]
+    rows = [[score_label(name), *(with_interval(scores[name]) for scores in classes.values())] for name in _PER_CLASS]
+    return Table(headers, rows)
+
+
+def _point_tables(title: str, level: dict[str, Any]) -> list[Table]:
+    points = level["operating_points"]
+    shares = [f"{at['prevalence']:.0%} covid" for at in points["decision"]["at_prevalence"]]
+    rows = [
+        [_point_title(name), *(f"{number(at['ppv'])} / {number(at['npv'])}" for at in point["at_prevalence"])]
+        for name, point in points.items()
+    ]
+    return [
+        Table([title, *_POINT_HEADERS], _point_rows(level)),
+        Table([f"{title}: PPV / NPV at", *shares], rows),
+    ]
+
+
+def _calibration_table(calibration: dict[str, Any]) -> Table:
+    parts = {name: calibration[name] for name in ("before", "after") if calibration[name]}
+    rows = [[score_label(name), *(number(part[name]) for part in parts.values())] for name in ("nll", "brier")]
+    for name, title in (("ece", "ECE, most probable class"), ("covid_ece", "ECE, p(covid)")):
+        errors = [part[name] for part in parts.values() if name in part]
+        if errors:
+            rows.append([title, *(number(error["value"]) for error in errors)])
+            null = (f"{number(error['null'])}, up to {number(error['null_p95'])}" for error in errors)
+            rows.append(["… of a perfectly calibrated model", *null])
+    rows += [
+        [f"covid, {name}", *(with_interval(part[name], 2) for part in parts.values())]
+        for name in ("slope", "intercept")
+    ]
+    return Table(["", *parts], rows)
+
+
+def _source_table(record: dict[str, Any]) -> Table:
+    rows = [
+        [
+            source["source"] + (", one label" if source["label_pure"] else ""),
+            *(str(source[key]) for key in ("n_images", "n_patients")),
+            " / ".join(str(source["n_per_class"][name]) for name in record["classes"]),
+            # On two lines, so that all columns are visible without scrolling.
+            *(with_interval(source["scores"].get(name)).replace(" (", "\n(") for name in _PER_SOURCE),
+        ]
+        for source in record["sources"]
+    ]
+    return Table(["source", "images", "patients", " / ".join(record["classes"]), *map(score_label, _PER_SOURCE)], rows)
+
+
+def _without_images_table(baselines: dict[str, Any]) -> Table:
+    constant, random = baselines["constant"], baselines["random"]
+    rows = [
+        [title, *(number(scores.get(name)) for name in _WITHOUT_IMAGES)]
+        for title, scores in (
+            (f"always {constant['class']}, class shares as probabilities", constant),
+            ("classes drawn at random by their shares", random),
+        )
+    ]
+    return Table(["", "accuracy", "balanced accuracy", "NLL", "Brier score"], rows)

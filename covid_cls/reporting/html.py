@@ -1,114 +1,148 @@
-"""Pages that are one file: they work offline, on a phone, in light and dark, and carry their figures as inline SVG."""
+"""Render pages and their parts from the templates, and set numbers and tables as text."""
 
+import base64
 import io
+import math
 import re
-from collections.abc import Sequence
-from html import escape
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from covid_cls.records import DISCLAIMER, digest
-from covid_cls.reporting.figures import INK
+from covid_cls.evaluation.intervals import Interval
+from covid_cls.io import DISCLAIMER, digest
+from covid_cls.reporting.style import INK
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #22262b; --quiet: #5d646d; --line: #d9dde2; --paper: #ffffff;
-  --shade: #f3f6f9; --accent: #0060a0; --bad: #b3261e; --good: #1b6e3c; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e7eb; --quiet: #a2abb5; --line: #3a4048; --paper: #15181c;
-  --shade: #1f242a; --accent: #7cc0f0; --bad: #ff8a80; --good: #7fd6a0; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 1rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; margin: .2rem 0; } h2 { font-size: 1.2rem; margin: 2rem 0 .3rem; } h3 { font-size: 1rem; }
-p { max-width: 46rem; margin: .4rem 0; } a { color: var(--accent); }
-nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; padding: .5rem 0; border-bottom: 1px solid var(--line); }
-.quiet, figcaption, .note { color: var(--quiet); font-size: .9rem; }
-.banner { background: var(--shade); border-left: 4px solid var(--accent); padding: .5rem .8rem; margin: .6rem 0; }
-.bad { color: var(--bad); font-weight: 600; } .good { color: var(--good); font-weight: 600; }
-.wide { overflow-x: auto; margin: .5rem 0; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { border-bottom: 2px solid var(--line); font-weight: 600; } td.n, th.n { text-align: right; white-space: nowrap; }
-.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
-figure { margin: .5rem 0; max-width: 46rem; } figure svg { width: 100%; height: auto; }
-details { margin: .4rem 0; } summary { cursor: pointer; }
-footer { margin-top: 2.5rem; padding-top: .6rem; border-top: 1px solid var(--line); }
-@media print { nav { display: none; } }
-"""
+# Names of files, patients and classes come from users: everything is escaped unless it is Markup already.
+_TEMPLATES = Environment(
+    loader=PackageLoader("covid_cls.reporting"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.filters["anchor"] = lambda title: re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+_TEMPLATES.globals["disclaimer"] = DISCLAIMER
+
+_SCORE_LABELS = {
+    "brier": "Brier score",
+    "nll": "negative log likelihood",
+    "label_accuracy": "accuracy per label",
+    "covid_f1_at_half": "covid F1, label cut at 0.5",
+}
 
 
-class Section(NamedTuple):
-    """A heading with HTML below it; `note`, plain text, says how to read it."""
+class Table(NamedTuple):
+    r"""A table of plain text, which templates and notebooks show as HTML.
 
-    title: str
-    body: str
-    note: str = ""
+    Attributes:
+        headers: One text per column.
+        rows: One text per column; "\n" starts a new line within a field.
+        left: Number of leading columns that hold words. The others hold numbers and are aligned to the right.
+    """
 
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int = 1
 
-def page(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """A whole HTML document. title: plain text; lead: HTML above the contents, e.g. from `banner`."""
-    anchors = [re.sub(r"[^a-z0-9]+", "-", section.title.lower()).strip("-") for section in sections]
-    links = "".join(f'<a href="#{anchor}">{escape(s.title)}</a>' for anchor, s in zip(anchors, sections, strict=True))
-    notes = [paragraph(section.note, "quiet") if section.note else "" for section in sections]
-    parts = [
-        f'<section id="{anchor}"><h2>{escape(s.title)}</h2>{note}{s.body}</section>'
-        for anchor, note, s in zip(anchors, notes, sections, strict=True)
-    ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><header><h1>{escape(title)}</h1>"
-        f'<p class="quiet">{DISCLAIMER}</p>{lead}</header><nav>{links}</nav>{"".join(parts)}'
-        f'<footer class="quiet">Made by covid_cls. {DISCLAIMER}</footer></body></html>\n'
-    )
+    def __html__(self) -> str:
+        """Return the table as HTML; templates call this method."""
+        return _part("table", *self)
+
+    def _repr_html_(self) -> str:
+        """Return the table as HTML; notebooks call this method."""
+        return self.__html__()
 
 
-def paragraph(text: str, style: str = "") -> str:
-    """Plain text as a paragraph; style: quiet, note, bad, good or banner."""
-    return f'<p class="{style}">{escape(text)}</p>' if style else f"<p>{escape(text)}</p>"
+def render(template: str, **context: Any) -> str:
+    """Return the page that a template of templates/ makes from `context`.
+
+    Raises:
+        jinja2.UndefinedError: If the template uses a name that is not in `context`.
+    """
+    return _TEMPLATES.get_template(template).render(contents=[], **context)
 
 
-def bullets(items: Sequence[str]) -> str:
-    """Plain texts as a list; "" for none."""
-    return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>" if items else ""
+def bullets(items: Sequence[str]) -> Markup:
+    """Return plain texts as an HTML list; "" for no items."""
+    return _part("bullets", items)
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A table of plain texts that scrolls sideways on a narrow screen; the first `left` columns are words."""
-
-    def row(cells: Sequence[str], tag: str) -> str:
-        return "".join(
-            f"<{tag}>{escape(cell)}</{tag}>" if k < left else f'<{tag} class="n">{escape(cell)}</{tag}>'
-            for k, cell in enumerate(cells)
-        )
-
-    body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in rows)
-    return f'<div class="wide"><table><thead><tr>{row(headers, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
+def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]], caption: str) -> Markup:
+    """Return a confusion matrix as an HTML table; rows of `counts` are the truth, columns the decision."""
+    return _part("confusion", classes, counts, caption)
 
 
-def figure(drawn: Figure, caption: str) -> str:
-    """A matplotlib figure as inline SVG with real text on a clear ground; what it drew in `INK` follows the page."""
-    text = io.StringIO()
-    drawn.set_facecolor("none")
-    for axes in drawn.axes:
+def svg_figure(figure: Figure, caption: str) -> Markup:
+    """Return a figure as inline SVG with its text kept as text.
+
+    What the figure draws in `INK` takes the text colour of the page, and its background is transparent, so that it can
+    be read on a light and on a dark page.
+    """
+    file = io.StringIO()
+    figure.set_facecolor("none")
+    for axes in figure.axes:
         axes.set_facecolor("none")
-    # The same figure gives the same bytes: no date, and ids that depend on the content alone.
+    # Without the date, and with ids that depend on the content alone, the same figure gives the same bytes.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": caption, "font.family": "sans-serif"}):
-        drawn.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    svg = text.getvalue()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK.lower(), "currentColor").replace("DejaVu Sans", "system-ui")
-    svg = re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
-    )
-    return f"<figure>{_own_ids(svg)}<figcaption>{escape(caption)}</figcaption></figure>"
+    # The page sets the size: the first width and the first height are those of the svg element.
+    for name in ("width", "height"):
+        svg = re.sub(rf' {name}="[^"]*"', "", svg, count=1)
+    # matplotlib numbers the groups of each figure from 1, but the ids of a page must differ.
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>f{digest(svg)[:8]}-", svg)
+    return _part("figure", Markup(svg), caption)  # noqa: S704 (matplotlib escapes the text of a figure)
 
 
-def panels(figures: Sequence[str]) -> str:
-    """Figures side by side where there is room."""
-    return f'<div class="panels">{"".join(figures)}</div>'
+def data_uri(content: bytes, image_type: str) -> str:
+    """Return the bytes of an image file as a URI that holds them; image_type: "png" or "jpeg"."""
+    return f"data:image/{image_type};base64,{base64.b64encode(content).decode()}"
 
 
-def _own_ids(svg: str) -> str:
-    """`svg` with ids of its own: matplotlib numbers each figure's groups from 1, and a page holds many figures."""
-    return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>f{digest(svg)[:8]}-", svg)
+def score_label(name: str) -> str:
+    """Return a flat score name as text, e.g. "covid.auroc" as "covid AUROC"."""
+    words = re.sub(r"[._]", " ", name)
+    return _SCORE_LABELS.get(name, re.sub(r"\b(auroc|f1|ppv|npv|mcc)\b", lambda word: word[0].upper(), words))
+
+
+def number(value: float | None, digits: int = 3, sign: str = "") -> str:
+    """Return a number as text, a dash if it is undefined; with sign="+", positive numbers have a sign."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:{sign}.{digits}f}"
+
+
+def with_interval(score: Interval | Mapping[str, Any] | None, digits: int = 3, sign: str = "") -> str:
+    """Return a score with its interval, e.g. "0.871 (0.843 to 0.899)"; a dash if the score is undefined.
+
+    Args:
+        score: An interval, or the mapping with value, low and high that records contain.
+        digits: Digits after the decimal point.
+        sign: "+" for differences.
+    """
+    if score is None:
+        return "–"
+    ends = score if isinstance(score, Mapping) else score._asdict()
+    value, low, high = (number(ends[key], digits, sign) for key in ("value", "low", "high"))
+    if value == "–":
+        return value
+    return f"{value} (no interval)" if low == "–" else f"{value} ({low} to {high})"
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as lines of text with aligned columns; the first column is aligned to the left."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _part(name: str, *arguments: Any) -> Markup:
+    """Return what a macro of parts.html.j2 makes of its arguments."""
+    part: Markup = getattr(_TEMPLATES.get_template("parts.html.j2").module, name)(*arguments)
+    return part

@@ -1,4 +1,4 @@
-"""Run folders as `train` leaves them, with drawn predictions in place of a network's."""
+"""Run folders like those of `train`, with random predictions in place of those of a network."""
 
 import json
 from itertools import product
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from covid_cls.labels import TASKS, Task
-from covid_cls.records import prediction_columns, write_predictions
+from covid_cls.io import prediction_columns, write_predictions
+from covid_cls.tasks import TASKS, Task
 
 SETTINGS: dict[str, Any] = {
     "seed": 0,
@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def changed(**words: Any) -> dict[str, Any]:
-    """SETTINGS with some replaced; `__` stands for the dot of a nested key."""
+    """Return SETTINGS with some values replaced; `__` replaces the dot of a nested key."""
     settings: dict[str, Any] = json.loads(json.dumps(SETTINGS))
     for word, value in words.items():
         *path, last = word.split("__")
@@ -52,9 +52,15 @@ def changed(**words: Any) -> dict[str, Any]:
 def predictions(
     task: Task, n: int = 60, skill: float = 2.0, seed: int = 0, fold: str = "", of: int = 1
 ) -> pd.DataFrame:
-    """A test table of n images, two a patient, or one of `of` folds of it; skill: how far logits favour the truth.
+    """Return the predictions table of a test split.
 
-    Images, patients, labels and folds depend on n alone, so that tables of any skill and seed belong together.
+    Args:
+        task: Task of the table.
+        n: Number of images; each patient has two.
+        skill: By how much the logit of the true class is larger on average.
+        seed: Random seed of the logits. Images, patients, labels and folds depend on n only.
+        fold: Number of the fold that is returned, "" for all images.
+        of: Number of folds.
     """
     rng = np.random.default_rng([seed, round(100 * skill)])
     k = np.arange(n)
@@ -80,21 +86,32 @@ def write_run(
     skill: float = 2.0,
     images: int = 60,
     status: str = "finished",
-    probes: dict[str, float] | None = None,
+    baselines: dict[str, float] | None = None,
     **facts: Any,
 ) -> Path:
-    """A run's folder below `root`; table: its test predictions, drawn with `skill` if None; probes: name to skill."""
+    """Write a run folder below `root` and return its path.
+
+    Args:
+        root: Folder of the sweep.
+        settings: Configuration of the run, see `changed`.
+        table: Test predictions; None for random ones with `skill`.
+        skill: See `predictions`.
+        images: Number of test images.
+        status: Status in run.json.
+        baselines: Skill of each baseline and perturbation test by its name.
+        **facts: Other entries of run.json.
+    """
     task, data = TASKS[settings["task"]["name"]], settings["data"]
     folds = data["folds"] or 1
     fold = str(data["fold"]) if data["folds"] else ""
-    cell = [settings["backbone"]["name"], settings["strategy"]["name"], settings["loss"]["name"], data["group"]]
-    place = [settings["preprocess"].get("seen", "whole"), f"s{settings['seed']}", f"f{fold}"]
-    folder = root / "-".join([task.name, *cell, *place])
+    configuration = [settings[key]["name"] for key in ("backbone", "strategy", "loss")]
+    place = [data["group"], settings["preprocess"].get("seen", "whole"), f"s{settings['seed']}", f"f{fold}"]
+    folder = root / "-".join([task.name, *configuration, *place])
     folder.mkdir(parents=True)
     record = {
         "status": status,
         "config": settings,
-        "digests": {"config": "c", "data": "d", "code": "e"},
+        "digests": {"config": "c", "data": "d", "training": "1"},
         "weights": {"used": "none", "sha256": None},
         "freeze": [
             {"stage": "stem", "parameters": 90, "trainable": 0},
@@ -108,24 +125,25 @@ def write_run(
         **facts,
     }
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
-    drawn = {"skill": skill, "seed": settings["seed"], "fold": fold, "of": folds, "n": images}
+    options = {"skill": skill, "seed": settings["seed"], "fold": fold, "of": folds, "n": images}
     if status == "finished":
-        write_predictions(predictions(task, **drawn) if table is None else table, folder / "predictions-test.csv")
+        write_predictions(predictions(task, **options) if table is None else table, folder / "predictions-test.csv")
         val = predictions(task, n=40, skill=skill, seed=1000 + settings["seed"]).assign(split="val")
         write_predictions(val, folder / "predictions-val.csv")
         epochs = pd.DataFrame({"epoch": [1, 2, 3], "loss/train": [1.0, 0.7, 0.5], "loss/val": [1.1, 0.8, 0.7]})
         epochs.to_csv(folder / "history.csv", index=False)
-    for name, worth in (probes or {}).items():
+    for name, baseline_skill in (baselines or {}).items():
         write_predictions(
-            predictions(task, **{**drawn, "skill": worth, "seed": 77}), folder / "probes" / f"{name}-test.csv"
+            predictions(task, **{**options, "skill": baseline_skill, "seed": 77}),
+            folder / "baselines" / f"{name}-test.csv",
         )
     return folder
 
 
 def write_grid(root: Path, **words: Any) -> None:
-    """2 backbones x 2 strategies x 2 losses x 2 seeds, each with probes; words: for `write_run`."""
+    """Write 2 backbones x 2 strategies x 2 losses x 2 seeds, each with baselines; `words` are passed to `write_run`."""
     levels = product(enumerate(("resnet18", "vgg16")), enumerate(("fc", "full")), enumerate(("ce", "focal")), (0, 1))
     for (b, backbone), (s, strategy), (e, loss), seed in levels:
         settings = changed(backbone__name=backbone, strategy__name=strategy, loss__name=loss, seed=seed)
         skill = 1.0 + b + s + 0.1 * e
-        write_run(root, settings, skill=skill, probes={"frame": 0.5, "majority": 0.0}, **words)
+        write_run(root, settings, skill=skill, baselines={"frame": 0.5, "majority": 0.0}, **words)

@@ -1,3 +1,5 @@
+"""Figures show the numbers that they are given."""
+
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -9,9 +11,10 @@ from PIL import Image
 
 from covid_cls.evaluation.metrics import class_scores, decide, roc_points
 from covid_cls.evaluation.predictions import truth_and_prob
-from covid_cls.labels import TASKS
-from covid_cls.records import prediction_columns
-from covid_cls.reporting.figures import CLASS_COLOURS, confusion_matrix, learning_curves, roc_curves, save_figure
+from covid_cls.io import prediction_columns
+from covid_cls.reporting.figures import confusion_matrix, image_sheet, learning_curves, roc_curves, save_figure
+from covid_cls.reporting.style import CLASS_COLOURS
+from covid_cls.tasks import TASKS
 
 ALL_TASKS = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 
@@ -43,7 +46,7 @@ def legend(figure):
 
 
 def overlaps(figure):
-    """Pairs of visible texts that cover one another once drawn."""
+    """Return pairs of visible texts that overlap in the drawn figure."""
     figure.draw_without_rendering()
     axes = figure.axes[0]
     texts = [*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label]
@@ -53,7 +56,7 @@ def overlaps(figure):
 
 
 @pytest.mark.parametrize("n", [1, 2, 50])
-def test_learning_curves_draw_what_was_logged(n):
+def test_learning_curves_show_the_logged_values(n):
     table = history(n)
     figure = learning_curves(table, "loss", best_epoch=0)
     lines = curves(figure)
@@ -67,11 +70,11 @@ def test_learning_curves_draw_what_was_logged(n):
     assert all(float(tick) == int(tick) for tick in figure.axes[0].get_xticks())
 
 
-def test_an_epoch_alone_is_a_visible_point():
+def test_a_single_epoch_is_a_visible_point():
     assert curves(learning_curves(history(1), "loss"))["val"].get_marker() == "o"
 
 
-def test_a_curve_joins_the_epochs_that_were_validated():
+def test_a_curve_connects_the_epochs_that_have_a_value():
     table = history(10)
     table.loc[table["epoch"] % 5 != 4, "loss/val"] = np.nan
     lines = curves(learning_curves(table, "loss"))
@@ -79,12 +82,12 @@ def test_a_curve_joins_the_epochs_that_were_validated():
     assert len(lines["train"].get_xdata()) == 10
 
 
-def test_a_missing_curve_is_left_out():
+def test_a_split_without_values_has_no_curve():
     figure = learning_curves(history(3).drop(columns="loss/val"), "loss")
     assert legend(figure) == ["train"]
 
 
-def test_nothing_logged_is_said_so():
+def test_a_metric_that_was_not_logged_gives_a_message():
     axes = learning_curves(history(3), "accuracy").axes[0]
     assert [text.get_text() for text in axes.texts] == ["no accuracy was logged"]
     assert axes.get_ylabel() == "accuracy (fraction of images)"
@@ -92,7 +95,7 @@ def test_nothing_logged_is_said_so():
 
 
 @pytest.mark.parametrize(
-    ("counts", "cells"),
+    ("counts", "fields"),
     [
         ([[45, 5], [0, 1234]], ["45\n90.0%", "5\n10.0%", "0\n0.0%", "1234\n100.0%"]),
         (
@@ -103,11 +106,11 @@ def test_nothing_logged_is_said_so():
     ],
     ids=["two classes", "three classes", "a class without images"],
 )
-def test_confusion_matrix_shows_counts_and_shares_of_the_truth(counts, cells):
+def test_the_confusion_matrix_shows_counts_and_shares_of_each_row(counts, fields):
     classes = ("covid", "normal", "pneumonia")[: len(counts)]
     figure = confusion_matrix(np.array(counts), classes, "test split")
     axes = figure.axes[0]
-    assert [text.get_text() for text in axes.texts] == cells
+    assert [text.get_text() for text in axes.texts] == fields
     assert [text.get_text() for text in axes.get_xticklabels()] == list(classes)
     rows = [f"{name}\nn = {sum(row)}" for name, row in zip(classes, counts, strict=True)]
     assert [text.get_text() for text in axes.get_yticklabels()] == rows
@@ -121,15 +124,15 @@ def luminance(colour):
     return linear @ [0.2126, 0.7152, 0.0722]
 
 
-def test_cell_text_is_legible_on_every_shade():
+def test_text_is_legible_on_every_shade():
     axes = confusion_matrix([[100, 0], [50, 50]], ("covid", "normal"), "").axes[0]
     image, text = axes.images[0], luminance(axes.texts[0].get_color())
     for share in np.linspace(0, 1, 11):
-        assert (luminance(image.cmap(image.norm(share))) + 0.05) / (text + 0.05) >= 4.5  # WCAG 2.1 AA
+        assert (luminance(image.cmap(image.norm(share))) + 0.05) / (text + 0.05) >= 4.5  # contrast of WCAG 2.1 AA
 
 
 @ALL_TASKS
-def test_roc_curves_have_the_points_colours_and_areas_of_their_class(task):
+def test_roc_curves_have_the_points_colour_and_auroc_of_their_class(task):
     table = predictions(task)
     truth, prob = truth_and_prob(table, task)
     scores = class_scores(truth, prob, decide(prob, task), task)
@@ -145,7 +148,7 @@ def test_roc_curves_have_the_points_colours_and_areas_of_their_class(task):
     assert overlaps(figure) == []
 
 
-def test_a_class_without_images_is_named_in_the_legend():
+def test_a_class_without_images_is_in_the_legend():
     task = TASKS["three_class"]
     table = predictions(task)
     with pytest.warns(UserWarning, match="'normal'"):
@@ -154,7 +157,7 @@ def test_a_class_without_images_is_named_in_the_legend():
     assert len(curves(figure)["normal, AUROC undefined"].get_xdata()) == 0
 
 
-def test_a_saved_figure_is_a_png_of_its_size_and_leaves_nothing_else(tmp_path):
+def test_a_saved_figure_is_a_png_of_its_size_without_temporary_files(tmp_path):
     path = tmp_path / "figures" / "loss.png"
     figure = learning_curves(history(3), "loss")
     save_figure(figure, path)
@@ -164,7 +167,7 @@ def test_a_saved_figure_is_a_png_of_its_size_and_leaves_nothing_else(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["loss.png"]
 
 
-def test_a_failed_save_keeps_the_old_picture(tmp_path, monkeypatch):
+def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "loss.png"
     path.write_bytes(b"old")
 
@@ -178,7 +181,7 @@ def test_a_failed_save_keeps_the_old_picture(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_threads_can_draw_at_once(tmp_path):
+def test_threads_can_draw_at_the_same_time(tmp_path):
     def draw(k):
         save_figure(confusion_matrix([[k, 1], [1, 9]], ("covid", "normal"), "x"), tmp_path / f"{k}.png")
         return (tmp_path / f"{k}.png").read_bytes()
@@ -186,3 +189,26 @@ def test_threads_can_draw_at_once(tmp_path):
     alone = [draw(k) for k in range(4)]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(draw, range(4))) == alone
+
+
+def test_a_sheet_shows_each_image_below_its_caption():
+    images = np.arange(5, dtype=np.uint8)[:, None, None] * np.full((1, 8, 8), 50, dtype=np.uint8)
+    names = [f"image {k}" for k in range(5)]
+    sheet = image_sheet(list(images), names, columns=3)
+    used = [axes for axes in sheet.axes if axes.images]
+    assert [axes.get_title() for axes in used] == names
+    assert len(sheet.axes) == 2 * 3
+    for axes, image in zip(used, images, strict=True):
+        (shown,) = axes.images
+        np.testing.assert_array_equal(shown.get_array(), image)
+        # A dark image stays dark.
+        assert shown.get_clim() == (0, 255)
+
+
+def test_a_sheet_without_images_is_empty():
+    assert not any(axes.images for axes in image_sheet([], []).axes)
+
+
+def test_an_image_without_a_caption_is_refused():
+    with pytest.raises(ValueError, match="shorter"):
+        image_sheet([np.zeros((8, 8), dtype=np.uint8)] * 2, ["one"])

@@ -1,4 +1,4 @@
-"""What TensorBoard is given holds the run's own numbers, and training does not notice that it is given."""
+"""TensorBoard shows the numbers of the run, and writing them does not change the training."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from hydra import compose, initialize_config_dir
 from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
@@ -16,37 +15,33 @@ from tensorboard.plugins.hparams import metadata
 from tensorboard.util.tensor_util import make_ndarray
 from torch import Tensor
 
-from covid_cls.assemble import build_trainer
-from covid_cls.command import conf_folder, plain
 from covid_cls.data.datamodule import Radiographs
 from covid_cls.errors import NonFiniteError
-from covid_cls.labels import TASKS
-from covid_cls.reporting.data_card import data_card
-from covid_cls.reporting.tensorboard import write_hparams, write_layout
-from covid_cls.reporting.tensorboard_epochs import fixed_cases, grad_cam_panel
+from covid_cls.experiment import build_trainer, prepare_fit
+from covid_cls.reporting.tensorboard import fixed_cases, grad_cam_panel, write_hparams, write_layout
+from covid_cls.runtime.cli import compose_job
+from covid_cls.tasks import TASKS
 from covid_cls.training.callbacks import EpochHistory
-from covid_cls.training.classifier import Classifier
-from covid_cls.training.start import prepare_fit
+from covid_cls.training.module import Classifier
 from tests.training.small import compose_small, make_classifier, make_data, snapshot
 from tests.training.test_callbacks import PoisonTrainingBatch
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where phantoms and stores are kept."""
+    """Return a folder for phantoms and image stores."""
     return tmp_path_factory.mktemp("cache")
 
 
 def with_board(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with the logger that `train` has by default."""
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return {**settings, "logger": plain(compose("train"))["logger"]}
+    """Return the settings with the default logger of `train`."""
+    return {**settings, "logger": compose_job("train", ()).settings["logger"]}
 
 
 def fit(
     settings: dict[str, Any], cache: Path, folder: Path, *callbacks: pl.Callback
 ) -> tuple[Classifier, EpochHistory, Radiographs]:
-    """A fit as `train` makes it, but for the checkpoints."""
+    """Fit a classifier as `train` does, without checkpoints."""
     early = {"early_stopping": settings["callbacks"]["early_stopping"]}
     settings = {**settings, "callbacks": early, "trainer": {**settings["trainer"], "enable_checkpointing": False}}
     classifier, data, history = make_classifier(settings), make_data(settings, cache), EpochHistory()
@@ -59,7 +54,7 @@ def fit(
 
 
 def events(folder: Path) -> EventAccumulator:
-    """All that was written for TensorBoard."""
+    """Return what was written for TensorBoard."""
     return EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "tensors": 0}).Reload()
 
 
@@ -67,16 +62,16 @@ def gradients(classifier: Classifier) -> dict[str, Tensor]:
     return {name: tensor.grad for name, tensor in classifier.named_parameters() if tensor.grad is not None}
 
 
-CASES = ("data.images=60", "data.val_share=0.3")  # two patients of each class and more in validation
-UNNOTICED = {
-    "full": ("strategy=full", "task=three_class"),
-    "partial": ("strategy=partial", "task=three_class_multilabel"),
+# Gives at least two patients of each class in validation.
+CASES = ("data.images=60", "data.val_share=0.3")
+UNAFFECTED = {
+    "full": ("strategy=full", "task=three_class_multilabel"),
     "cached features": ("strategy=fc", "feature_cache=views:2"),
 }
 
 
-@pytest.mark.parametrize("overrides", UNNOTICED.values(), ids=UNNOTICED)
-def test_training_does_not_notice_the_board(overrides: tuple[str, ...], cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("overrides", UNAFFECTED.values(), ids=UNAFFECTED)
+def test_tensorboard_does_not_change_the_training(overrides: tuple[str, ...], cache: Path, tmp_path: Path) -> None:
     settings = compose_small(*overrides, "image_every=1")
     alone, without, _ = fit(settings, cache, tmp_path / "alone")
     state = torch.get_rng_state()
@@ -93,13 +88,13 @@ def test_training_does_not_notice_the_board(overrides: tuple[str, ...], cache: P
         assert {k: v for k, v in row.items() if k not in timings} == {
             k: v for k, v in wanted.items() if k not in timings
         }
-    # And it was given something: also where training saw features alone.
+    # Pictures were written, also where training received features instead of images.
     assert [picture.step for picture in events(tmp_path / "shown").Images("grad_cam/val")] == [1, 2]
 
 
 @pytest.fixture(scope="module")
 def shown(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[EventAccumulator, Radiographs]:
-    """The board of a run that stops early, after three of nine epochs, and its data."""
+    """Return what TensorBoard shows of a run that stops early, after three of nine epochs, and its data."""
     folder = tmp_path_factory.mktemp("shown")
     patience = ("callbacks.early_stopping.patience=2", "+callbacks.early_stopping.min_delta=100")
     settings = with_board(compose_small("task=three_class", "trainer.max_epochs=9", "image_every=7", *patience))
@@ -108,7 +103,7 @@ def shown(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[EventA
     return events(folder), data
 
 
-def test_pictures_are_of_the_first_epoch_and_of_the_last(shown: tuple[EventAccumulator, Radiographs]) -> None:
+def test_pictures_show_the_first_and_the_last_epoch(shown: tuple[EventAccumulator, Radiographs]) -> None:
     board, _ = shown
     steps = {tag: [point.step for point in board.Images(tag)] for tag in board.Tags()["images"]}
     assert steps == {"confusion_matrix/val": [1, 3], "grad_cam/val": [1, 3], "images/train_batch": [1]}
@@ -125,17 +120,17 @@ def test_pr_curves_count_the_validation_images(shown: tuple[EventAccumulator, Ra
         assert false_positive == (val["label"] != name).sum()
 
 
-def test_every_chart_finds_exactly_the_tags_it_names(shown: tuple[EventAccumulator, Radiographs]) -> None:
+def test_every_chart_finds_its_tags_and_no_others(shown: tuple[EventAccumulator, Radiographs]) -> None:
     board, _ = shown
     layout = Layout.FromString(board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     patterns = [tag for part in layout.category for chart in part.chart for tag in chart.multiline.tag]
     scalars = board.Tags()["scalars"]
     found = {pattern: [tag for tag in scalars if re.match(pattern, tag)] for pattern in patterns}
-    # What starts from random weights has no slower rate for its backbone.
+    # With random initialisation, the backbone has no separate learning rate.
     assert found == {p: [] if p == "lr/backbone$" else [p.removesuffix("$")] for p in patterns}
 
 
-def test_a_run_that_becomes_nan_is_stopped_by_its_own_check(cache: Path, tmp_path: Path) -> None:
+def test_a_run_with_nan_is_stopped_by_the_check_for_it(cache: Path, tmp_path: Path) -> None:
     settings = with_board(compose_small("strategy=full", "image_every=1"))
     with pytest.raises(NonFiniteError):
         fit(settings, cache, tmp_path, PoisonTrainingBatch(epoch=1))
@@ -143,7 +138,7 @@ def test_a_run_that_becomes_nan_is_stopped_by_its_own_check(cache: Path, tmp_pat
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_fixed_cases_are_the_first_of_each_class_of_different_patients(task: str, cache: Path) -> None:
+def test_fixed_cases_are_the_first_images_of_each_class_from_different_patients(task: str, cache: Path) -> None:
     settings = compose_small(f"task={task}", *CASES)
     data = make_data(settings, cache)
     cases = fixed_cases(data, 2)
@@ -158,13 +153,14 @@ def test_fixed_cases_are_the_first_of_each_class_of_different_patients(task: str
         first = of_class.iloc[0]
         other = of_class[of_class["patient_id"] != first["patient_id"]].iloc[0]
         assert table.loc[table["label"] == name, "path"].tolist() == [first["path"], other["path"]]
-    assert len(fixed_cases(data, 1000).y) == val["patient_id"].nunique()  # as many as there are
+    assert len(fixed_cases(data, 1000).y) == val["patient_id"].nunique()
 
 
-def test_the_panel_says_truth_probability_and_error(cache: Path) -> None:
+def test_the_panel_shows_truth_probability_and_error(cache: Path) -> None:
     settings = compose_small("task=three_class", "strategy=full", *CASES)
     classifier, data = make_classifier(settings), make_data(settings, cache)
-    classifier.net.head.out.bias.data.copy_(torch.tensor([0.0, 50.0, 0.0]))  # everything is normal, for sure
+    # Every image is called normal with p = 1.
+    classifier.net.head.out.bias.data.copy_(torch.tensor([0.0, 50.0, 0.0]))
     classifier.train()
     figure = grad_cam_panel(classifier, fixed_cases(data, 2), epoch=4)
     assert all(module.training for module in classifier.net.modules())
@@ -173,7 +169,8 @@ def test_the_panel_says_truth_probability_and_error(cache: Path) -> None:
     titles = [[axes.get_title() for axes in row] for row in grid]
     assert titles == [["p 0.00, called normal"] * 2, ["p 1.00"] * 2, ["p 0.00, called normal"] * 2]
     assert "epoch 4" in figure.get_suptitle()
-    classifier.net.head.out.weight.data.zero_()  # no place speaks for anything any more
+    # Now no place in an image has an influence.
+    classifier.net.head.out.weight.data.zero_()
     figure = grad_cam_panel(classifier, fixed_cases(data, 1), epoch=4)
     assert [[text.get_text() for text in axes.texts] for axes in figure.axes] == [["nothing positive"]] * 3
 
@@ -230,7 +227,7 @@ def hparams_of(record: dict[str, Any], folder: Path) -> tuple[Any, Any, EventAcc
     return *found, board
 
 
-def test_the_hparams_row_is_typed_named_by_its_digest_and_scored_by_the_best_epoch(tmp_path: Path) -> None:
+def test_the_hparams_row_has_typed_values_the_digest_as_its_name_and_scores_of_the_best_epoch(tmp_path: Path) -> None:
     experiment, start, board = hparams_of(RECORD, tmp_path)
     assert start.group_name == "0123abcd"
     values = {
@@ -250,42 +247,10 @@ def test_the_hparams_row_is_typed_named_by_its_digest_and_scored_by_the_best_epo
 
 
 @pytest.mark.parametrize(("data", "fifth"), [({"folds": None}, "seed"), ({"folds": 5, "fold": 2}, "fold")])
-def test_a_cross_validation_shows_its_folds_at_first_and_others_their_seeds(
+def test_a_cross_validation_shows_folds_by_default_and_other_runs_seeds(
     data: dict[str, Any], fifth: str, tmp_path: Path
 ) -> None:
     experiment, start, _ = hparams_of(with_data(**data), tmp_path)
     first = {info.name for info in experiment.hparam_infos if info.differs}
     assert first == {"task", "backbone", "strategy", "loss", fifth}
     assert start.hparams["fold"].string_value == ("2" if fifth == "fold" else "-")
-
-
-def test_the_data_card_counts_what_the_record_counts() -> None:
-    card = data_card(RECORD)
-    assert card.startswith("# chests\n\n**Research use, not for diagnosis.** Splits by patient, seed 5.")
-    rows = [line for line in card.splitlines() if line.startswith("|")]
-    assert rows == [
-        "| split | covid | normal | pneumonia | images | patients |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| train | 100 | 500 | 400 | 1,000 | 700 |",
-        "| val | 20 | 60 | 50 | 130 | 100 |",
-        "| test | 14 | 50 | 40 | 104 | 100 |",
-        "| all | 134 | 610 | 490 | 1,234 | 900 |",
-        "| source | images |",
-        "| --- | --- |",
-        "| nih | 1,100 |",
-        r"| a\|b | 134 |",
-    ]
-    assert "Quarantined" not in card
-    assert card.endswith(f"## Notes\n\n- {RECORD['notes'][0]}\n")
-
-
-def test_the_data_card_tells_folds_leaks_and_quarantine() -> None:
-    record = with_data(group="image", folds=5, fold=2)
-    lost = [{"path": f"images/{k}.png", "line": k + 2, "reason": "truncated"} for k in range(25)]
-    record = {**record, "data": {**RECORD["data"], "quarantined": lost}, "notes": []}
-    card = data_card(record)
-    assert "Splits by image, so that a patient can be in two of them, seed 5; fold 2 of 5 is the test part." in card
-    assert "25 images could not be decoded and were left out. The first 20; run.json lists them all." in card
-    assert card.count("truncated") == 20
-    assert "| images/0.png | 2 | truncated |" in card
-    assert card.endswith("## Notes\n\nNothing was noted.\n")
