@@ -1,6 +1,6 @@
-"""Run the quick tier in random order, several times, while other processes keep all cores busy: `make test-random`.
+"""Run the quick tests several times in random order while other processes use all cores: `make test-random`.
 
-`python -m tools.random_order [TIMES]` prints a line per round and exits with 1 if a test failed in any of them.
+`python -m tools.random_order [TIMES]` prints a line per round and exits with 1 if a test failed in any round.
 """
 
 import multiprocessing
@@ -18,6 +18,7 @@ def keep_busy() -> None:
 def main() -> int:
     """Run the rounds and return the exit code."""
     times, failed = int(sys.argv[1]) if len(sys.argv) > 1 else 5, 0
+    # A busy machine delays processes and threads, which reveals tests that rely on their speed.
     busy = [multiprocessing.Process(target=keep_busy, daemon=True) for _ in range(multiprocessing.cpu_count())]
     for process in busy:
         process.start()

@@ -1,8 +1,8 @@
-"""Measure what a user waits for before anything happens, and how long the tests take: `make timings`.
+"""Measure how long the commands take to start, and how long the tests take: `make timings`.
 
 `python -m tools.timings` prints a Markdown table of the start-up of the commands. `--suite` adds the README's test
 command, without the installation; `--ci` adds `.ci/run` in a fresh clone, installation included. `--against FOLDER`
-measures another checkout in turn with this one, for a column before and after.
+measures another checkout alternately with this one, for a column "before" and a column "now".
 """
 
 import argparse
@@ -21,12 +21,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from covid_cls.assemble import computes_bfloat16
-from covid_cls.data.phantom import build_phantoms
+from covid_cls.benchmarking.benchmark_page import processor_name
+from covid_cls.data.phantoms import build_phantoms
+from covid_cls.experiment import computes_bfloat16
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTS = [sys.executable, "-c", "import torch, torchvision, pytorch_lightning"]
-# Runs `train` until it opens the first image file, wherever in the code that is.
+# Runs `train` until it opens the first image file, without depending on where in the code that is.
 UNTIL_FIRST_IMAGE = """
 import os, runpy, sys
 
@@ -42,14 +43,26 @@ sys.exit("no image was read")
 
 
 class Seconds(NamedTuple):
-    """How long a process took: elapsed time, and processor time of it and its children."""
+    """The duration of a process.
+
+    Attributes:
+        elapsed: Elapsed time.
+        cpu: Processor time of the process and its children.
+    """
 
     elapsed: float
     cpu: float
 
 
 class Row(NamedTuple):
-    """A line of the table. values: per checkout, this one last; limit: the target, in the same unit."""
+    """A row of the table.
+
+    Attributes:
+        what: The measured quantity.
+        values: One value per checkout, this one last.
+        limit: The target, in the same unit.
+        unit: Unit of the values.
+    """
 
     what: str
     values: list[float]
@@ -100,7 +113,8 @@ def start_rows(checkouts: Sequence[Path], rounds: int) -> list[Row]:
         rows = []
         for what, limit, unit, measure in measures:
             for checkout in checkouts:
-                measure(checkout)  # compiles the modules and fills the page cache
+                # The first run compiles the modules and fills the page cache.
+                measure(checkout)
             rounds_of = [[measure(checkout) for checkout in checkouts] for _ in range(rounds)]
             rows.append(Row(what, [statistics.median(column) for column in zip(*rounds_of, strict=True)], limit, unit))
     return rows
@@ -132,7 +146,7 @@ def table(rows: Sequence[Row], compared: bool) -> str:
     """Return a Markdown table of the rows, with a line on the machine; a missed target is marked."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "pytorch-lightning", "pytest"))
     bfloat16 = "with" if computes_bfloat16() else "without"
-    machine = f"{os.cpu_count()} cores {bfloat16} bfloat16 ({processor()}), Python {platform.python_version()}"
+    machine = f"{os.cpu_count()} cores {bfloat16} bfloat16 ({processor_name()}), Python {platform.python_version()}"
     head = ["what", *(["before"] if compared else []), "now", "target"]
     lines = [f"{datetime.datetime.now().astimezone():%Y-%m-%d}, {machine}, {packages}.", ""]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -145,21 +159,12 @@ def table(rows: Sequence[Row], compared: bool) -> str:
     return "\n".join(lines)
 
 
-def processor() -> str:
-    """Return the processor's name."""
-    if Path("/proc/cpuinfo").is_file():
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     """Measure what was asked for and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", action="store_true", help="also the README's test command, without installation")
     parser.add_argument("--ci", action="store_true", help="also .ci/run in a fresh clone")
-    parser.add_argument("--against", type=Path, help="another checkout, measured in turn with this one")
+    parser.add_argument("--against", type=Path, help="another checkout, measured alternately with this one")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of which the median is shown")
     options = parser.parse_args()
     checkouts = [*([options.against.resolve()] if options.against else []), ROOT]

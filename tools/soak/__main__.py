@@ -19,7 +19,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -84,12 +83,15 @@ def inject(kind: str, rounds: int) -> Outcome:
 
 def page(command: str, rows: Sequence[tuple[Outcome, float]]) -> str:
     """Return the Markdown section: heading, versions, machine and the table of outcomes."""
+    # Imported here, because it imports torch, whose number of threads `main` sets.
+    from covid_cls.benchmarking.benchmark_page import processor_name
+
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     lines = [
         f"## {datetime.date.today()}: `{command}`",
         "",
         f"Python {platform.python_version()}, {versions}; {platform.system()}, {os.cpu_count()} cores of "
-        f"{processor()}, no GPU used.",
+        f"{processor_name()}, no GPU used.",
         "",
         "| planted | expected | seen | held | seconds |",
         "|---|---|---|---|---|",
@@ -98,15 +100,6 @@ def page(command: str, rows: Sequence[tuple[Outcome, float]]) -> str:
         cells = [outcome.planted, outcome.expected, outcome.seen, "yes" if outcome.held else "**no**", f"{seconds:.0f}"]
         lines.append("| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def processor() -> str:
-    """Return the CPU model, or the architecture if the system does not report a model."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from PIL import Image
 
 from covid_cls.data import store
 from covid_cls.data.readers import read_image
-from covid_cls.models.prefix import Prefix
-from covid_cls.training import features
+from covid_cls.models.inference import Prefix
+from covid_cls.training import feature_cache
 from tools.soak.crowd import Member, at_once, take
 from tools.soak.outcome import Outcome
 from tools.soak.training import compose_small, make_classifier, make_data
@@ -38,12 +38,12 @@ class Wanted(NamedTuple):
     Attributes:
         at: Folder of the cache.
         features: Whether it holds features of phantoms; otherwise it is a store of decoded images.
-        deadly: Seconds after which the first process that builds the cache is killed; None: it is not killed.
+        kill_after: Seconds after which the first process that builds the cache is killed; None: it is not killed.
     """
 
     at: Path
     features: bool
-    deadly: float | None
+    kill_after: float | None
 
 
 class Found(NamedTuple):
@@ -69,28 +69,31 @@ def caches(rounds: int, folder: Path) -> Outcome:
     table = image_set(folder / "set", _FILES, _SIDE)
     arguments = (pd.concat([table] * (_ROWS // _FILES), ignore_index=True), folder / "phantoms")
     alone = Member(serve, *arguments)
-    kinds = (False, True, False, True)  # the first build of each kind takes longer than the others
-    whole = [at_once([alone], Wanted(folder / f"whole-{k}", kind, None))[0] for k, kind in enumerate(kinds)][2:]
+    # The first build of each kind takes longer than the others, so that the second ones are used.
+    kinds = (False, True, False, True)
+    expected = [at_once([alone], Wanted(folder / f"expected-{k}", kind, None))[0] for k, kind in enumerate(kinds)][2:]
     alone.kill()
     members = [Member(serve, *arguments) for _ in range(CROWD)]
-    seconds = [each.seconds for each in whole]
+    seconds = [each.seconds for each in expected]
     good = builds = left = planted = killed = 0
-    faults = [] if whole[0].digest == digest_of(decoded(arguments[0])) else ["the store is not what decoding gives"]
+    faults = (
+        [] if expected[0].digest == digest_of(decoded(arguments[0])) else ["the store differs from the decoded images"]
+    )
     for number in range(rounds):
         kind = number % 2
-        deadly = draw.uniform(0.05, 0.95) * seconds[kind] if number % 8 in (2, 3) else None
-        wanted = Wanted(folder / f"round-{number}", bool(kind), deadly)
+        kill_after = draw.uniform(0.05, 0.95) * seconds[kind] if number % 8 in (2, 3) else None
+        wanted = Wanted(folder / f"round-{number}", bool(kind), kill_after)
         answers = at_once(members, wanted)
         dead = [k for k, answer in enumerate(answers) if answer is None]
-        said = [answer for answer in answers if answer is not None]
-        planted += deadly is not None
+        survivors = [answer for answer in answers if answer is not None]
+        planted += kill_after is not None
         killed += len(dead)
-        good += sum(answer.digest == whole[kind].digest for answer in said)
-        faults += [f"round {number}: {answer.digest}" for answer in said if answer.digest != whole[kind].digest]
-        builds += sum(answer.builds for answer in said)
+        good += sum(answer.digest == expected[kind].digest for answer in survivors)
+        faults += [f"round {number}: {answer.digest}" for answer in survivors if answer.digest != expected[kind].digest]
+        builds += sum(answer.builds for answer in survivors)
         left += sum(".tmp" in path.name or ".npy." in path.name for path in wanted.at.rglob("*"))
-        if deadly is None:
-            seconds[kind] = min(seconds[kind], *(answer.seconds for answer in said))
+        if kill_after is None:
+            seconds[kind] = min(seconds[kind], *(answer.seconds for answer in survivors))
         for k in dead:
             members[k].kill()
             members[k] = Member(serve, *arguments)
@@ -133,24 +136,24 @@ def digest_of(array: "np.ndarray[Any, Any]") -> str:
 
 def serve(connection: Connection, table: pd.DataFrame, phantoms: Path) -> None:
     """Read the complete cache for each `Wanted` received, and send back a `Found`; runs in a separate process."""
-    # Each progress bar would leave an empty line.
+    # Each progress bar would leave an empty line in the output of the tool.
     sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     settings = compose_small("strategy=fc", "task=three_class", f"data.size={_SIZE}", f"preprocess.crop={_SIZE}")
     classifier, data = make_classifier(settings), make_data(settings, phantoms)
     prefix = Prefix(classifier.net)
     hashes = store.hash_files(table, phantoms)
     # Several records per build, so that a killed process leaves an incomplete cache.
-    features._BATCH, features._SAVE = 8, 1
+    feature_cache._BATCH, feature_cache._SAVE = 8, 1
     log = BuildLog()
     log.watch(store, "_build")
-    log.watch(features.FeatureCache, "_compute")
+    log.watch(feature_cache.FeatureCache, "_compute")
     while True:
         log.wanted = wanted = take(connection)
         log.builds, log.seconds = 0, float("inf")
         try:
             if wanted.features:
                 data.cache = wanted.at
-                (array,) = features.FeatureCache(classifier, data, prefix, 1.0).views([None], ["train", "val"])
+                (array,) = feature_cache.FeatureCache(classifier, data, prefix, 1.0).load([None], ["train", "val"])
                 array = array[data.table.index[data.table["split"] != "test"]]
             else:
                 array = store.open_store(table, hashes, size=_SIZE, canvas=_SIZE, cache=wanted.at).images
@@ -183,10 +186,11 @@ class BuildLog:
 
     def _killer(self) -> threading.Timer | None:
         assert self.wanted
-        doomed = self.wanted.at.with_suffix(".doomed")
-        if self.wanted.deadly is None or doomed.exists():  # a builder has been killed before
+        killed = self.wanted.at.with_suffix(".killed")
+        # Only the first builder is killed.
+        if self.wanted.kill_after is None or killed.exists():
             return None
-        doomed.touch()
-        killer = threading.Timer(self.wanted.deadly, os.kill, (os.getpid(), signal.SIGKILL))
+        killed.touch()
+        killer = threading.Timer(self.wanted.kill_after, os.kill, (os.getpid(), signal.SIGKILL))
         killer.start()
         return killer

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from covid_cls.errors import InputError
-from covid_cls.training.checkpoints import LAST, PREVIOUS, load_classifier, newest_good, read_checkpoint
+from covid_cls.training.checkpoints import LAST, PREVIOUS, load_classifier, newest_valid, read_checkpoint
 from tools.soak.outcome import Outcome
 from tools.soak.training import compose_small, make_classifier, make_data, make_trainer
 
@@ -28,24 +28,25 @@ def flips(rounds: int, folder: Path) -> Outcome:
         path: Path = (last, best)[number % 2]
         place = draw.randrange(path.stat().st_size)
         old = _put(path, place, None)
+        # An exclusive or with a value that is not 0 always changes the byte.
         _put(path, place, old ^ draw.randrange(1, 256))
         refusals = [_refusal(read, path) for read in (read_checkpoint, load_classifier)]
         if not all(str(path) in refusal for refusal in refusals):
             missed.append(f"byte {place} of {path.name}: {refusals}")
         if path == last:
-            found, contents, warnings = newest_good(checkpoints)
+            found, contents, warnings = newest_valid(checkpoints)
             named = len(warnings) == 1 and str(last) in warnings[0] and str(checkpoints / PREVIOUS) in warnings[0]
             good = found == checkpoints / PREVIOUS and contents["epoch"] == 1 and named
             used += good
             wrong += [] if good else [f"byte {place} of {path.name}: continues from {found}, warnings {warnings}"]
         _put(path, place, old)
-    whole = newest_good(checkpoints)[0] == last and not _refusal(load_classifier, best)
+    intact = newest_valid(checkpoints)[0] == last and not _refusal(load_classifier, best)
     return Outcome(
         f"{rounds} single bytes changed in the checkpoints of a run, {rounds - rounds // 2} of them in the last one",
         f"{rounds} of {rounds} refused with their path; "
         f"{rounds - rounds // 2} restarts from the previous one, with a warning",
         "; ".join([f"{rounds - len(missed)} of {rounds}; {used} restarts", *missed, *wrong]),
-        not missed and not wrong and whole,
+        not missed and not wrong and intact,
     )
 
 

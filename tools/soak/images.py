@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from covid_cls.data.limits import BadImage
-from covid_cls.data.phantom import build_phantoms
+from covid_cls.data.phantoms import build_phantoms
 from covid_cls.data.readers import read_image
-from covid_cls.records import read_json
+from covid_cls.io import read_json
 from tools.soak.commands import run
 from tools.soak.outcome import Outcome
 from tools.soak.zoo import Specimen, plant
@@ -24,7 +24,7 @@ PATIENCE = 5.0  # seconds per file
 MOST_MEMORY = 1000  # MB that reading one file may take; a 16-bit image of 49 megapixels takes 820
 ADDRESS_SPACE = 8 * 2**30  # bytes; protects the machine from a reader that allocates without limit
 SMALL = ("data.size=32", "preprocess.crop=32", "data.batch_size=8", "backbone.weights=none", "trainer=cpu")
-BRIEF = ("trainer.max_epochs=1", "logger=none", "probes=false", "audit=off", "name=zoo")
+BRIEF = ("trainer.max_epochs=1", "logger=none", "baselines=false", "audit=off", "name=zoo")
 
 
 class Reading(NamedTuple):
@@ -33,13 +33,13 @@ class Reading(NamedTuple):
     Attributes:
         end: "read", "refused" (with `BadImage`), "raised" (any other exception), "died" or "hung".
         grey: The pixels, if the file was read.
-        words: The reason, if it was not.
+        message: The reason, if it was not.
         megabytes: Peak memory that reading took.
     """
 
     end: str
     grey: np.ndarray | None
-    words: str
+    message: str
     megabytes: float
 
 
@@ -103,7 +103,8 @@ def _start(reader: Reader) -> tuple[multiprocessing.process.BaseProcess, "Connec
     worker = spawn.Process(target=_serve, args=(theirs, reader), daemon=True)
     worker.start()
     theirs.close()
-    ours.recv()  # the imports are done, so that they do not count towards the first file's time
+    # The imports are done when it answers, so that they do not count towards the first file's time.
+    ours.recv()
     return worker, ours
 
 
@@ -113,16 +114,17 @@ def _serve(pipe: "Connection[object, object]", reader: Reader) -> None:
     pipe.send("ready")
     while True:
         path = pipe.recv()
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak memory
+        # This resets the peak memory of the process.
+        Path("/proc/self/clear_refs").write_text("5")
         before = _megabytes("VmRSS")
-        grey, words = None, ""
+        grey, message = None, ""
         try:
             grey, end = reader(path), "read"  # type: ignore[arg-type]
         except BadImage as error:
-            end, words = "refused", str(error)
+            end, message = "refused", str(error)
         except BaseException as error:
-            end, words = "raised", f"{type(error).__name__}: {error}"
-        pipe.send(Reading(end, grey, words, _megabytes("VmHWM") - before))
+            end, message = "raised", f"{type(error).__name__}: {error}"
+        pipe.send(Reading(end, grey, message, _megabytes("VmHWM") - before))
 
 
 def _megabytes(entry: str) -> float:
@@ -133,10 +135,10 @@ def _megabytes(entry: str) -> float:
 def fault_of(specimen: Specimen, reading: Reading) -> str:
     """Return why the reading is not the expected one for this specimen; "" if it is."""
     if reading.end not in ("read", "refused"):
-        return f"{reading.end} {reading.words}"
+        return f"{reading.end} {reading.message}"
     if reading.end == "refused":
-        expected = specimen.grey is None if specimen.refusal is None else specimen.refusal in reading.words
-        return "" if expected and "\n" not in reading.words else f"refused: {reading.words}"
+        expected = specimen.grey is None if specimen.refusal is None else specimen.refusal in reading.message
+        return "" if expected and "\n" not in reading.message else f"refused: {reading.message}"
     if specimen.grey is None:
         return "" if specimen.refusal is None else "read"
     assert reading.grey is not None
@@ -171,8 +173,7 @@ def _commands(folder: Path, specimens: list[Specimen], readings: list[Reading]) 
     lines = {path: n for path, n in write_manifests(root, specimens).items() if path.removeprefix("zoo/") in refused}
     odd = sum(not specimen.listable for specimen in specimens)
     data = ("data=manifest", f"data.path={root / 'manifest.csv'}")
-    faults = []
-
+    faults: list[str] = []
     for path, counted in {"manifest.csv": f"{len(lines)} images cannot be used", "odd.csv": f"{odd} faults"}.items():
         done = run("train", folder, "data=manifest", f"data.path={root / path}", *SMALL, *BRIEF)
         # libtiff may write to stderr, too.
@@ -190,7 +191,7 @@ def _commands(folder: Path, specimens: list[Specimen], readings: list[Reading]) 
         if row is None or row["line"] != lines.get(path) or not row["reason"]:
             faults.append(f"{path!r} in run.json: {row}, line {lines.get(path)}")
 
-    done = run("audit", folder, *data, "probes=false", "output=audit")
+    done = run("audit", folder, *data, "baselines=false", "output=audit")
     if done.returncode not in (0, 1) or "Traceback" in done.stderr:
         faults.append(f"audit: exit code {done.returncode}, {done.stderr[-300:]}")
     faults += _predictions(folder, record.parent, specimens, refused)
@@ -208,8 +209,8 @@ def _predictions(folder: Path, model: Path, specimens: list[Specimen], refused: 
     faults = []
     for specimen in specimens:
         row = rows.get(os.fsencode(specimen.name).decode("utf-8", "backslashreplace"))
-        said = row is not None and (row["decision"] == "undecided" and row["detail"] != "")
-        if row is None or (specimen.name in refused and not said):
+        explained = row is not None and row["decision"] == "undecided" and row["detail"] != ""
+        if row is None or (specimen.name in refused and not explained):
             faults.append(f"{specimen.name!r} in predict's table: {row}")
     if len(rows) != len(specimens):
         faults.append(f"{len(rows)} rows in predict's table for {len(specimens)} files")

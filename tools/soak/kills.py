@@ -9,12 +9,13 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-from covid_cls.records import file_sha256, read_json
+from covid_cls.io import file_sha256, read_json
 from covid_cls.training.checkpoints import read_checkpoint
 from tools.soak.commands import command_line, environment
 from tools.soak.outcome import Outcome
 
-EPOCHS, FEW = 16, 4  # epochs of a run, and of one with at most two rounds
+# Epochs of a run, and of a run if there are at most two rounds.
+EPOCHS, FEW = 16, 4
 # Dropout, trainable batch norm and a schedule that changes at each step: all the state that a checkpoint must keep.
 WORDS = (
     "trainer=cpu",
@@ -27,11 +28,12 @@ WORDS = (
     "backbone.weights=none",
     "strategy=partial",
     "logger=none",
-    "probes=false",
+    "baselines=false",
 )
 CACHES = (("feature_cache=off",), ("feature_cache=exact", "augment=none"), ("feature_cache=views:2",))
 WORKERS = (2, 4, 0)
-SECONDS = (0, 3)  # checkpoint_seconds: every epoch is written, or one in several as in longer runs
+# Values of checkpoint_seconds: a checkpoint in every epoch, or in some epochs as in longer runs.
+SECONDS = (0, 3)
 PATIENCE = 30.0  # seconds within which the worker processes of a killed run must exit
 _SEED = 6
 
@@ -45,14 +47,14 @@ def kills(rounds: int, folder: Path) -> Outcome:
     draw = random.Random(_SEED)
     # In epochs: a value below 1 is in the start-up phase, one above `epochs` is during the final predictions.
     moments = [(k + draw.random()) / rounds * (epochs + 1) for k in draw.sample(range(rounds), rounds)]
-    whole: dict[str, dict[str, str]] = {}
+    undisturbed: dict[str, dict[str, str]] = {}
     phases, faults, orphans = Counter[str](), [], 0
     for number, moment in enumerate(moments):
         cached = CACHES[number // len(WORKERS) % len(CACHES)]
-        if cached[0] not in whole:
-            run = Start(folder / f"whole-{len(whole)}", epochs, *cached)
+        if cached[0] not in undisturbed:
+            run = Start(folder / f"undisturbed-{len(undisturbed)}", epochs, *cached)
             run.end()
-            whole[cached[0]] = run.results()
+            undisturbed[cached[0]] = run.results()
         words = (
             *cached,
             f"data.workers={WORKERS[number % len(WORKERS)]}",
@@ -60,13 +62,15 @@ def kills(rounds: int, folder: Path) -> Outcome:
         )
         killed = Start(folder / f"killed-{number}", epochs, *words)
         killed.wait_for(f"epoch {int(moment)}/" if moment >= 1 else "phantoms: ")
-        time.sleep(moment % 1)  # an epoch with its checkpoint takes about 0.6 s
+        # An epoch with its checkpoint takes about 0.6 s.
+        time.sleep(moment % 1)
         others, phase = killed.kill(), killed.phase()
         phases[phase] += 1
-        again = Start(folder / f"killed-{number}", epochs, *words)  # immediately, as an impatient user does
+        # Immediately, as an impatient user does, while worker processes of the killed run may still be alive.
+        again = Start(folder / f"killed-{number}", epochs, *words)
         orphans += left_of(others)
         again.end()
-        differing = sorted(name for name, value in again.results().items() if value != whole[cached[0]][name])
+        differing = sorted(name for name, value in again.results().items() if value != undisturbed[cached[0]][name])
         if differing:
             faults.append(f"{' '.join(words)}, killed {phase}: {', '.join(differing)} differ")
     landed = ", ".join(f"{count} {phase}" for phase, count in phases.items())
@@ -123,7 +127,7 @@ class Start:
             return "after the end"
         if f"epoch {self.epochs}/" in printed:
             return "while predicting"
-        return "in training" if "first step" in printed else "before training"
+        return "in training" if "training started" in printed else "before training"
 
     def results(self) -> dict[str, str]:
         """Return the SHA-256 of the weights in both checkpoints and of both prediction tables."""

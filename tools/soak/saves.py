@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from covid_cls.errors import InputError
-from covid_cls.records import remove_scratch
-from covid_cls.training.checkpoints import LAST, WholeCheckpointIO, newest_good, read_checkpoint
+from covid_cls.io import remove_temporary_files
+from covid_cls.training.checkpoints import LAST, AtomicCheckpointIO, newest_valid, read_checkpoint
 from tools.soak.crowd import Member
 from tools.soak.outcome import Outcome
 
@@ -39,10 +39,11 @@ def saves(rounds: int, folder: Path) -> Outcome:
             saver = Member(_saver, folder, temporary)
             found = saver.connection.recv()
             begun = [saver.connection.recv() for _ in range(draw.randrange(1, 4) * 2 - 1)][-1]
-            time.sleep(draw.uniform(0, 0.04))  # a save takes about 0.02 s
+            # A save takes about 0.02 s.
+            time.sleep(draw.uniform(0, 0.04))
             saver.process.kill()
             saver.process.join()
-            begun, ended = _said(saver.connection, begun)
+            begun, ended = _progress(saver.connection, begun)
             saver.connection.close()
             landed["within a save" if ended < begun else "between saves"] += 1
             left = len([path for path in folder.iterdir() if path.suffix != ".ckpt"])
@@ -66,10 +67,10 @@ def _saver(writer: Connection, folder: Path, temporary: str) -> None:
     os.environ["TMPDIR"] = temporary
     tempfile.tempdir = None
     torch.set_num_threads(1)
-    remove_scratch(folder)
+    remove_temporary_files(folder)
     writer.send(len([path for path in folder.iterdir() if path.suffix != ".ckpt"]))
-    io = WholeCheckpointIO()
-    path, contents, _ = newest_good(folder)
+    io = AtomicCheckpointIO()
+    path, contents, _ = newest_valid(folder)
     if path:
         io.load_checkpoint(path)
     epoch = contents.get("epoch", -1)
@@ -81,7 +82,7 @@ def _saver(writer: Connection, folder: Path, temporary: str) -> None:
         writer.send(epoch)
 
 
-def _said(reader: Connection, begun: int) -> tuple[int, int]:
+def _progress(reader: Connection, begun: int) -> tuple[int, int]:
     """Read all pending messages; return the last epoch whose save began and the last one whose save ended."""
     ended = begun - 1
     while True:
@@ -108,11 +109,12 @@ def _fault(folder: Path, begun: int, ended: int) -> str:
         return f"holds epoch {epoch}, although {ended} was saved and {begun} begun"
     if not torch.equal(contents["state_dict"]["w"], torch.full((_NUMBERS,), float(epoch))):
         return f"does not hold the values of epoch {epoch}"
-    return "" if newest_good(folder)[0] == folder / LAST else "is not the checkpoint that a restart continues from"
+    return "" if newest_valid(folder)[0] == folder / LAST else "is not the checkpoint that a restart continues from"
 
 
 def _other_file_system(folder: Path) -> Path | None:
     """Return a folder on a different file system from `folder`; None if there is none."""
-    places = (Path("/dev/shm"), Path.home(), Path("/var/tmp"))  # the first is in memory on each Linux
+    # On Linux, the first one is in memory.
+    places = (Path("/dev/shm"), Path.home(), Path("/var/tmp"))
     found = [place for place in places if place.is_dir() and os.access(place, os.W_OK)]
     return next((place for place in found if place.stat().st_dev != folder.stat().st_dev), None)

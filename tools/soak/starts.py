@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from covid_cls.errors import InputError
-from covid_cls.records import read_json
-from covid_cls.training.run import open_run
+from covid_cls.io import read_json
+from covid_cls.training.run_folder import open_run
 from tools.soak.crowd import Member, at_once, take
 from tools.soak.outcome import Outcome
 from tools.soak.training import compose_small
@@ -27,7 +27,7 @@ def starts(rounds: int, folder: Path) -> Outcome:
     recovery = time.monotonic() - before
     second.end()
     others = Round(folder, [{**settings, "seed": 1 + k} for k in range(rounds)])
-    folders = {told for _, told in others.answers}
+    folders = {message for _, message in others.answers}
     others.end()
     finished = sum(read_json(path)["status"] == "finished" for path in folder.glob("*/run.json"))
     for member in first.members:
@@ -38,8 +38,8 @@ def starts(rounds: int, folder: Path) -> Outcome:
     return Outcome(
         f"{rounds} processes that start one run at once; the same after its process was killed with SIGKILL; then "
         f"{rounds} that start a run each",
-        _told(*wanted),
-        f"{_told(*counts)}; the killed process was replaced within {recovery:.1f} s",
+        _as_text(*wanted),
+        f"{_as_text(*counts)}; the killed process was replaced within {recovery:.1f} s",
         counts == wanted and recovery < _RECOVERY,
     )
 
@@ -61,7 +61,7 @@ class Round:
         self.holders = [member for member, holds in zip(self.members, held, strict=True) if holds]
         pid = self.holders[0].process.pid if self.holders else None
         name = f"process {pid} on host {socket.gethostname()} "
-        self.named = sum(name in told for holds, told in self.answers if not holds)
+        self.named = sum(name in message for holds, message in self.answers if not holds)
 
     def end(self) -> None:
         """Let the holders finish their training, and wait for all processes."""
@@ -85,7 +85,7 @@ def start(connection: Connection, root: Path, settings: dict[str, Any]) -> None:
         connection.send((False, str(error)))
 
 
-def _told(first: int, named: int, second: int, named_again: int, others: int, folders: int, finished: int) -> str:
+def _as_text(first: int, named: int, second: int, named_again: int, others: int, folders: int, finished: int) -> str:
     """Return the counts as text."""
     return (
         f"{first} trains and {named} are told which host and process; then {second} and {named_again}; "

@@ -4,7 +4,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from covid_cls.records import read_json
+from covid_cls.io import read_json
 from tools.soak.commands import ROOT, run
 from tools.soak.outcome import Outcome
 
@@ -19,7 +19,7 @@ WORDS = (
     "backbone.weights=none",
     "strategy=full",
     "logger=none",
-    "probes=false",
+    "baselines=false",
     "name=soak",
 )
 # Python runs this file at the start of each process, so that the package itself needs no code for it. Three runs end
@@ -45,10 +45,10 @@ class Saboteur:
     def find_spec(self, name, path=None, target=None):
         if name == "hydra" and fault == "diverge":
             sys.argv += ["optimizer.lr=1e30", "scheduler=none"]
-        if name == "covid_cls.cell" and fault:
-            import covid_cls.training.predict
+        if name == "covid_cls.experiment" and fault:
+            import covid_cls.training.split_predictions
 
-            covid_cls.training.predict.predict_split = end
+            covid_cls.training.split_predictions.predict_split = end
 
 
 sys.meta_path.insert(0, Saboteur())
@@ -71,13 +71,13 @@ def sweep(rounds: int, folder: Path) -> Outcome:
     return Outcome(
         f"{rounds} runs: one raises, one calls sys.exit, one is killed with SIGKILL, one diverges; "
         "then the same command without these faults",
-        told(rounds - 4, 4, 1, 4, rounds - 4, 0),
-        told(*counts) + ("" if counts[2] == 1 else f" ({done.stderr[-500:]})"),
+        as_text(rounds - 4, 4, 1, 4, rounds - 4, 0),
+        as_text(*counts) + ("" if counts[2] == 1 else f" ({done.stderr[-500:]})"),
         counts == [rounds - 4, 4, 1, 4, rounds - 4, 0],
     )
 
 
-def told(finished: int, named: int, code: int, started: int, untouched: int, code_again: int) -> str:
+def as_text(finished: int, named: int, code: int, started: int, untouched: int, code_again: int) -> str:
     """Return the counts as text."""
     return (
         f"{finished} finish, {named} failures are named, exit code {code}; "

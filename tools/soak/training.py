@@ -10,13 +10,15 @@ import torch
 from hydra import compose, initialize_config_dir
 from pytorch_lightning import Callback
 
-from covid_cls.assemble import build_trainer
-from covid_cls.command import conf_folder, plain
 from covid_cls.data.datamodule import Radiographs
-from covid_cls.labels import TASKS
+from covid_cls.experiment import build_trainer
 from covid_cls.models.transforms import Augment
+from covid_cls.runtime.cli import conf_folder
+from covid_cls.runtime.schema import plain_settings
+from covid_cls.tasks import TASKS
 from covid_cls.training.callbacks import EpochHistory
-from covid_cls.training.classifier import Classifier
+from covid_cls.training.module import Classifier
+from covid_cls.training.settings import read_data
 
 SMALL = (
     "trainer=cpu",
@@ -35,17 +37,17 @@ def compose_small(*overrides: str) -> dict[str, Any]:
     return deepcopy(_composed(overrides))
 
 
-@cache  # a composition takes 0.3 s, and hundreds of tests ask for the same few
+# A composition takes 0.3 s, and hundreds of tests use the same few.
+@cache
 def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return {**plain(compose("train", [*SMALL, *overrides])), "logger": None}
+        return {**plain_settings(compose("train", [*SMALL, *overrides])), "logger": None}
 
 
 def make_data(settings: dict[str, Any], cache: Path) -> Radiographs:
     """Return the data module of these settings; phantoms and stores are kept in `cache`."""
-    canvas = Augment(**settings["augment"]).canvas(settings["preprocess"]["crop"])
-    where = {**settings["data"], "cache": str(cache)}
-    return Radiographs(TASKS[settings["task"]["name"]], canvas, settings["seed"], **where)
+    with_cache = {**settings, "data": {**settings["data"], "cache": str(cache)}}
+    return read_data(with_cache, Augment(**settings["augment"]))
 
 
 def make_classifier(settings: dict[str, Any], counts: list[int] | None = None) -> Classifier:

@@ -105,10 +105,12 @@ def _odd(folder: Path) -> list[Specimen]:
         "zero.png": "/dev/zero",
         "stdin.png": "/dev/stdin",
         "memory.png": "/proc/self/mem",
-        "kernel.png": "/proc/kmsg",  # a regular file, but reading waits for the next kernel message
+        # A regular file, but reading it waits for the next kernel message.
+        "kernel.png": "/proc/kmsg",
     }.items():
         (folder / name).symlink_to(target)
-    with socket.socket(socket.AF_UNIX) as listener, chdir(folder):  # a socket's path is limited to 108 bytes
+    # The path of a socket is limited to 108 bytes, hence a relative one.
+    with socket.socket(socket.AF_UNIX) as listener, chdir(folder):
         listener.bind("socket.png")
     with (folder / "sparse.tif").open("wb") as file:
         file.write(_tag_bomb(200_000_000))
@@ -119,7 +121,8 @@ def _odd(folder: Path) -> list[Specimen]:
     for raw in (b"two\nlines.png", b"latin-\xe9.png", b"\x1b[2J.png"):
         (folder / os.fsdecode(raw)).write_bytes(GOOD["png"][0])
         specimens.append(Specimen(f"odd/{os.fsdecode(raw)}", grey))
-    if os.geteuid():  # root may read it in any case
+    # Root may read the file in any case.
+    if os.geteuid():
         (folder / "locked.png").write_bytes(GOOD["png"][0])
         (folder / "locked.png").chmod(0)
         specimens.append(Specimen("odd/locked.png", refusal="ermission"))
@@ -217,10 +220,12 @@ def _bombs() -> Iterator[tuple[Specimen, bytes]]:
     }
     for name, (data, reason) in bombs.items():
         yield Specimen(name, refusal=reason), data
-    more = bare_png(64, 64, _deflated(2_000_000_000))  # decompresses to more than its rows; the rest must be ignored
+    # It decompresses to more than its rows, and the rest must be ignored.
+    more = bare_png(64, 64, _deflated(2_000_000_000))
     yield Specimen("png-more", refusal="blank"), more
     looped = bytearray(GOOD["tiff-8"][0])
-    looped[-4:] = looped[4:8]  # the next page is the first
+    # The next page is the first one.
+    looped[-4:] = looped[4:8]
     yield Specimen("tiff-loop", GOOD["tiff-8"][1]), bytes(looped)
 
 
@@ -304,7 +309,7 @@ DICOMS = {
 PICTURES = {
     **DICOMS,
     **GOOD,
-    # noise has no long runs of equal values, so that each byte matters
+    # Noise has no long runs of equal values, so that each byte matters.
     "PNG": (encoded(NOISE, "PNG"), NOISE, 0.0),
     "GIF": (encoded(NOISE, "GIF"), NOISE, 0.0),
     "BMP": (encoded(NOISE, "BMP"), NOISE, 0.0),
@@ -319,14 +324,14 @@ def _damaged(number: int, rng: random.Random) -> tuple[Specimen, bytes]:
 
     A damaged PNG and a truncated file must be read correctly or refused.
     """
-    kinds = ("png-flip", "cut", "flip", "dicom-flip", "dicom-cut", "png-hole", "whole", "noise")
+    kinds = ("png-flip", "cut", "flip", "dicom-flip", "dicom-cut", "png-hole", "intact", "noise")
     kind = kinds[number % len(kinds)]
     groups: dict[str, Sequence[str]] = {
         "png": ["PNG", *(name for name in GOOD if name.startswith("png"))],
         "dicom": list(DICOMS),
     }
     data, grey, tolerance = PICTURES[rng.choice(groups.get(kind.partition("-")[0]) or list(PICTURES))]
-    if kind == "whole":
+    if kind == "intact":
         return Specimen(kind, grey, tolerance), data
     if kind == "noise":
         return Specimen(kind), data[: rng.randrange(4, 40)] + rng.randbytes(2000)

@@ -1,4 +1,4 @@
-"""`benchmark`: its files and what it prints, with numbers that are given and with numbers that it measures."""
+"""The command `benchmark`: its files and its output, with given and with measured numbers."""
 
 import contextlib
 import json
@@ -11,22 +11,20 @@ from typing import Any
 import psutil
 import pytest
 
-from covid_cls.speed import measure
+from covid_cls.benchmarking import measure
+from tests.benchmarking.small import result
 from tests.conftest import SMALL, Command, command, start, starter
-from tests.speed.small import result
 
 WORDS = (*SMALL, "images=16", "rounds=1", "epochs=1", "output=result")
 
 
 @pytest.fixture
 def benchmark(environment: dict[str, str]) -> Command:
-    """`benchmark` in this process."""
+    """Return the command, run in this process."""
     return command("benchmark", environment)
 
 
-def test_what_was_measured_is_written_and_printed(
-    benchmark: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_are_written_and_printed(benchmark: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "measure", lambda settings, folder: result())
     done = benchmark(tmp_path, *WORDS, "keep=kept.md")
     assert done.returncode == 0, done.stderr
@@ -38,8 +36,8 @@ def test_what_was_measured_is_written_and_printed(
     assert record["command"] in (tmp_path / "kept.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow(reason="the two sides are measured in processes of their own")
-def test_a_small_benchmark_writes_what_is_promised(environment: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.slow(reason="the two sides are measured in separate processes")
+def test_a_small_benchmark_writes_consistent_results(environment: dict[str, str], tmp_path: Path) -> None:
     ended = starter("benchmark", environment)(tmp_path, *WORDS, "keep=kept.md")
     assert ended.returncode == 0, ended.stderr
     output = tmp_path / "result"
@@ -58,12 +56,12 @@ def test_a_small_benchmark_writes_what_is_promised(environment: dict[str, str], 
 
 
 def check_numbers(record: dict[str, Any]) -> None:
-    """The numbers of a record agree with one another."""
+    """Check that the numbers of a record agree with each other."""
     for side in ("plain", "ours"):
         found = record[side]
         assert set(found["ms_per_image"]) == {"data", "forward", "backward"}
         assert found["images_per_second"] == pytest.approx(16 / median(record["rounds"][side]))
-        # The parts lie within the epoch, one after the other. What is between them depends on the machine's load.
+        # The parts are consecutive sections of the epoch. The time between them depends on the load of the machine.
         assert all(part > 0 for part in found["ms_per_image"].values())
         assert sum(found["ms_per_image"].values()) <= 1000 / found["images_per_second"] * (1 + 1e-9)
         peak = record["peak_tflops"]["float32" if found["precision"] == "32-true" else "bfloat16"]
@@ -78,10 +76,12 @@ def check_numbers(record: dict[str, Any]) -> None:
     assert record["to_epochs"]["plain"]["extrapolated"] is True
 
 
-def test_a_fault_of_the_input_is_one_line_and_exit_code_2(benchmark: Command, tmp_path: Path) -> None:
+def test_an_input_error_is_one_line_and_exit_code_2(benchmark: Command, tmp_path: Path) -> None:
     ended = benchmark(tmp_path, *SMALL, "images=1")
     assert ended.returncode == 2
-    assert ended.stderr.splitlines() == ["error: images=1: must be a whole number of at least 4"]
+    assert ended.stderr.splitlines() == ["error: images=1: must be an integer of at least 4."]
+    ended = benchmark(tmp_path, *SMALL, "plain.lightning=yesterday")
+    assert ended.stderr.splitlines() == ["error: plain.lightning=yesterday: expected bool"]
 
 
 @pytest.mark.slow(reason="a signal stops several processes")
@@ -92,19 +92,20 @@ def test_ctrl_c_leaves_no_process_and_no_file(environment: dict[str, str], tmp_p
     for line in process.stdout:
         if "round 1/" in line:
             break
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    # As a terminal does.
+    os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130, errors
     assert errors.splitlines() == ["stopped by SIGINT: nothing was written"]
     assert list((tmp_path / "result").iterdir()) == []
-    # The pipes are closed, so no process holds them any more. Python's own helper may still be on its way out.
+    # The pipes are closed, so no process uses them any more. Python's resource tracker may still be ending.
     for member in group_of(process.pid):
         member.wait()
     assert group_of(process.pid) == []
 
 
 def group_of(number: int) -> list[psutil.Process]:
-    """The processes of a process group that have not ended."""
+    """Return the running processes of a process group."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):

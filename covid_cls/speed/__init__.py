@@ -1,1 +1,0 @@
-"""What `python -m covid_cls.benchmark` measures."""
