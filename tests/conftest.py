@@ -1,6 +1,7 @@
 """What several test folders share: commands in this process or in their own, small finished runs, drawn radiographs."""
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import io
@@ -24,11 +25,15 @@ from filelock import FileLock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a test process for each core is enough
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
 
-from covid_cls import interrupts
-from covid_cls.sweep import Sweep
+from covid_cls import system
+from covid_cls.runtime.cli import Job, conf_folder
+from covid_cls.runtime.schema import plain_settings
+from covid_cls.runtime.sweep import Sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("data.images=48", "data.size=48", "preprocess.crop=48", "data.batch_size=8", "trainer=cpu")
@@ -59,6 +64,13 @@ def cache(shared: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """Yield a run folder that is deleted after the test: checkpoints have 80 MB each."""
+    yield tmp_path
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def environment(cache: Path, shared: Path) -> dict[str, str]:
     """The environment of a user's shell: no pretrained weights available, one thread per process."""
@@ -77,7 +89,7 @@ def restored_state() -> Iterator[None]:
     root, folder, threads = logging.getLogger(), Path.cwd(), torch.get_num_threads()
     handlers, level, lightning = list(root.handlers), root.level, logging.getLogger("pytorch_lightning").level
     seeds = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  # the global generator
-    signals = {number: signal.getsignal(number) for number in (*interrupts.SIGNALS, signal.SIGCHLD)}
+    signals = {number: signal.getsignal(number) for number in (*system.SIGNALS, signal.SIGCHLD)}
     try:
         with mock.patch.dict(os.environ), warnings.catch_warnings():
             yield
@@ -99,7 +111,7 @@ def restored_state() -> Iterator[None]:
         torch.set_num_threads(threads)
         for number, handler in signals.items():
             signal.signal(number, handler)
-        interrupts._state.received, interrupts._state.deferred = None, False
+        system._state.received, system._state.deferred = None, False
 
 
 def command(name: str, environment: dict[str, str]) -> Command:
@@ -118,6 +130,19 @@ def command(name: str, environment: dict[str, str]) -> Command:
         return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
     return run
+
+
+@functools.cache
+def _defaults(config_name: str) -> DictConfig:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return compose(config_name)
+
+
+def quick_job(config_name: str, *words: str) -> Job:
+    """Return the job of words that only set values. The configuration is composed once, which takes half a second."""
+    merged = OmegaConf.merge(_defaults(config_name), OmegaConf.from_dotlist(list(words)))
+    assert isinstance(merged, DictConfig)
+    return Job(plain_settings(merged), f"python -m covid_cls.{config_name}", None, list(words))
 
 
 def starter(name: str, environment: dict[str, str]) -> Command:
@@ -201,7 +226,7 @@ def finished_runs(train: Command, shared: Path) -> FinishedRuns:
 @pytest.fixture(scope="session")
 def run(finished_runs: FinishedRuns) -> Path:
     """The folder of a finished run on phantoms, not to be changed."""
-    return finished_runs("probes=false")
+    return finished_runs("baselines=false")
 
 
 @pytest.fixture(scope="session")

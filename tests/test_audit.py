@@ -9,19 +9,19 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from covid_cls.audits import probes
-from covid_cls.data.phantom import build_phantoms
+from covid_cls.data.phantoms import build_phantoms
 from covid_cls.evaluation.intervals import score_intervals
+from covid_cls.shortcuts import baselines
 from tests.conftest import Command, command
 
-PHANTOMS = ("data=phantom", "data.images=150", "data.phantom_seed=7", "probe_folds=3")
+PHANTOMS = ("data=phantom", "data.images=99", "data.phantom_seed=7", "baseline_folds=3")
 
 
 @pytest.fixture
 def audit(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Command:
     """`audit` in this process, with 20 trees instead of 300 and 200 resamples instead of 2,000, which saves time."""
     monkeypatch.setitem(score_intervals.__kwdefaults__, "resamples", 200)
-    for function in (probes.audit_probes, probes.source_within_class):
+    for function in (baselines.cross_validated_baselines, baselines.source_within_class):
         monkeypatch.setitem(function.__kwdefaults__, "trees", 20)
     return command("audit", environment)
 
@@ -37,13 +37,13 @@ def levels(found: dict[str, Any]) -> set[str]:
 def test_clean_phantoms_pass_with_a_page_that_needs_no_network(audit: Command, tmp_path: Path) -> None:
     done = audit(tmp_path, *PHANTOMS)
     assert done.returncode == 0, done.stderr
-    assert "No finding fails" in done.stdout
+    assert "No check failed" in done.stdout
     found = record(tmp_path / "outputs" / "audit" / "phantom")
     assert "fail" not in levels(found)
-    assert found["data"]["images"] == 150
-    assert sum(row["images"] for row in found["data"]["counts"]) == 150
-    assert set(found["probes"]) >= {"header", "metadata", "frame", "thumbnail"}
-    interval = found["probes"]["frame"]["scores"]["macro_auroc"]
+    assert found["data"]["images"] == 99
+    assert sum(row["images"] for row in found["data"]["counts"]) == 99
+    assert set(found["baselines"]) >= {"header", "metadata", "frame", "thumbnail"}
+    interval = found["baselines"]["frame"]["scores"]["macro_auroc"]
     assert interval["low"] <= interval["value"] <= interval["high"]
     page = (tmp_path / "outputs" / "audit" / "phantom" / "audit.html").read_text(encoding="utf-8")
     assert "Research use, not for diagnosis" in page
@@ -54,7 +54,7 @@ def test_clean_phantoms_pass_with_a_page_that_needs_no_network(audit: Command, t
 def test_a_planted_marker_fails(audit: Command, tmp_path: Path) -> None:
     done = audit(tmp_path, *PHANTOMS, "data.shortcut=marker", "output=here")
     assert done.returncode == 1, done.stderr
-    assert "fail: the frame probe tells the classes apart" in done.stdout
+    assert "fail: the frame baseline predicts the class" in done.stdout
     assert "not evidence of disease detection" in record(tmp_path / "here")["verdict"]
 
 
@@ -76,7 +76,7 @@ def faulty(tmp_path: Path) -> Path:
 
 
 def test_faults_of_a_small_set_are_all_reported(audit: Command, faulty: Path) -> None:
-    done = audit(faulty.parent, "data=folder", "data.root=set", "output=out", "probes=false")
+    done = audit(faulty.parent, "data=folder", "data.root=set", "output=out", "baselines=false")
     assert done.returncode == 1, done.stderr
     found = {finding["title"]: finding for finding in record(faulty.parent / "out")["findings"]}
     assert any("again.png" in line for line in found["copies of one image in two splits"]["examples"])
@@ -89,7 +89,7 @@ def test_faults_of_a_small_set_are_all_reported(audit: Command, faulty: Path) ->
     assert page.count("data:image/png;base64,") >= 4
 
 
-def test_a_set_too_small_for_folds_is_audited_without_probes(audit: Command, tmp_path: Path) -> None:
+def test_a_set_too_small_for_folds_is_audited_without_baselines(audit: Command, tmp_path: Path) -> None:
     drawn = build_phantoms(tmp_path / "few", images=6)
     table = pd.read_csv(drawn)
     table[table["label"] != "pneumonia"].assign(patient_id="one").to_csv(drawn, index=False)
@@ -97,8 +97,8 @@ def test_a_set_too_small_for_folds_is_audited_without_probes(audit: Command, tmp
     assert done.returncode == 0, done.stderr
     found = record(tmp_path / "out")
     assert found["data"]["task"] == "binary"
-    assert found["data"]["splits"] == "none: there are too few patients to draw them"
-    assert "shortcut probes could not be computed" in {finding["title"] for finding in found["findings"]}
+    assert found["data"]["splits"] == "none, because there are too few patients"
+    assert "shortcut baselines could not be computed" in {finding["title"] for finding in found["findings"]}
 
 
 def test_a_patient_in_two_given_splits_is_a_finding_and_no_error(audit: Command, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_patient_in_two_given_splits_is_a_finding_and_no_error(audit: Command,
     table["split"] = ["train", "val"] * 6
     table.loc[[0, 1], "patient_id"] = "leak"
     table.to_csv(drawn, index=False)
-    done = audit(tmp_path, "data=manifest", "data.path=few/manifest.csv", "output=out", "probes=false")
+    done = audit(tmp_path, "data=manifest", "data.path=few/manifest.csv", "output=out", "baselines=false")
     assert done.returncode == 1, done.stderr
     (finding,) = (one for one in record(tmp_path / "out")["findings"] if one["title"] == "patients in two splits")
     assert "leak (train+val)" in finding["examples"]
@@ -119,7 +119,7 @@ def test_a_patient_in_two_given_splits_is_a_finding_and_no_error(audit: Command,
         (["data=manifest", "data.path=nowhere.csv"], "nowhere.csv: no such file"),
         (["data.sice=3"], "sice"),
         (["output=3", "data.size=large"], "data.size=large: expected int"),
-        (["probe_folds=1"], "probe_folds=1 seed=0: must be at least 2 and 0"),
+        (["baseline_folds=1"], "baseline_folds=1 seed=0: give at least 2 folds and a seed of at least 0"),
     ],
 )
 def test_a_fault_of_the_input_is_one_line_and_exit_code_2(
@@ -135,5 +135,5 @@ def test_a_fault_of_the_input_is_one_line_and_exit_code_2(
 def test_help_names_what_audit_takes(audit: Command, tmp_path: Path) -> None:
     done = audit(tmp_path, "--help")
     assert done.returncode == 0
-    for word in ("covid_cls.audit", "probe_folds", "data.root=DIR"):
+    for word in ("covid_cls.audit", "baseline_folds", "data.root=DIR"):
         assert word in done.stdout

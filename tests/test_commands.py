@@ -15,15 +15,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from covid_cls import multirun
 from covid_cls.data.manifest import read_manifest
-from covid_cls.data.phantom import build_phantoms
-from covid_cls.data.splits import assign_splits
-from covid_cls.evaluation.operating import frozen_operating
-from covid_cls.evaluation.summary import summarise
-from covid_cls.labels import TASKS
-from covid_cls.records import read_predictions
-from covid_cls.targets import CheckedLoader
+from covid_cls.data.phantoms import build_phantoms
+from covid_cls.data.splits import SplitSettings, assign_splits
+from covid_cls.evaluation.assessment import summarise
+from covid_cls.evaluation.thresholds import frozen_operating
+from covid_cls.io import read_predictions
+from covid_cls.runtime import cli, sweep
+from covid_cls.tasks import TASKS
 from tests.conftest import ROOT, SMALL, Command, FinishedRuns, start
 
 REAL = ROOT.parent / "shared"
@@ -40,16 +39,16 @@ FILES = {
 }
 
 
-def cells(folder: Path) -> list[Path]:
+def run_folders(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.rglob("run.json"))
 
 
-def record(cell: Path) -> dict:  # type: ignore[type-arg]
-    return json.loads((cell / "run.json").read_text(encoding="utf-8"))
+def record(folder: Path) -> dict:  # type: ignore[type-arg]
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
-def weights(cell: Path) -> dict[str, torch.Tensor]:
-    return torch.load(cell / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
 DEFAULT = ("trainer.max_epochs=3", "task=three_class", "logger=tensorboard")
@@ -62,21 +61,21 @@ def finished(finished_runs: FinishedRuns) -> tuple[Path, str]:
 
 
 def test_a_run_leaves_all_its_files(finished: tuple[Path, str]) -> None:
-    cell, _ = finished
-    assert cell.parent.name == "phantom"
-    assert cell.name.startswith("three_class-resnet18-partial-ce-s0-")
-    present = {path.relative_to(cell).as_posix() for path in cell.rglob("*") if path.is_file()}
+    folder, _ = finished
+    assert folder.parent.name == "phantom"
+    assert folder.name.startswith("three_class-resnet18-partial-ce-s0-")
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert present >= FILES
     assert any(name.startswith("tensorboard/events") for name in present)
 
 
 def test_a_run_says_where_it_comes_from(finished: tuple[Path, str]) -> None:
-    cell, printed = finished
-    found = record(cell)
+    folder, printed = finished
+    found = record(folder)
     assert found["status"] == "finished"
     assert found["weights"]["asked"] == "auto"
     assert found["weights"]["used"] == "none"
-    assert set(found["digests"]) == {"config", "data", "code"}
+    assert set(found["digests"]) == {"config", "data", "training"}
     assert found["config"]["backbone"]["name"] == "resnet18"
     assert {line["stage"]: line["trainable"] for line in found["freeze"]} == {
         "stem": 0,
@@ -89,42 +88,42 @@ def test_a_run_says_where_it_comes_from(finished: tuple[Path, str]) -> None:
     assert sum(sum(row.values()) for row in found["data"]["images_per_split_and_class"].values()) == 48
     # The fallback is said once loudly, and again with the results.
     assert "RANDOM weights" in printed
-    assert any("RANDOM weights" in note for note in json.loads((cell / "metrics.json").read_text())["notes"])
+    assert any("RANDOM weights" in note for note in json.loads((folder / "metrics.json").read_text())["notes"])
     assert "layer4     8,393,728   8,393,728  batch" in printed
     assert "epoch 3/3" in printed
     assert "images/s" in printed
 
 
 def test_every_metric_is_a_function_of_the_predictions(finished: tuple[Path, str]) -> None:
-    cell, _ = finished
+    folder, _ = finished
     task = TASKS["three_class"]
-    metrics = json.loads((cell / "metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     for split in ("val", "test"):
-        assert set(read_predictions(cell / f"predictions-{split}.csv", task.classes)["split"]) == {split}
-    table = read_predictions(cell / "predictions-val.csv", task.classes)
+        assert set(read_predictions(folder / f"predictions-{split}.csv", task.classes)["split"]) == {split}
+    table = read_predictions(folder / "predictions-val.csv", task.classes)
     assert metrics["val"] == json.loads(json.dumps(summarise(table, task)))
 
 
 def test_the_test_split_is_predicted_and_not_read(finished: tuple[Path, str]) -> None:
-    cell, printed = finished
-    assert "test" not in json.loads((cell / "metrics.json").read_text(encoding="utf-8"))
-    assert not list((cell / "figures").glob("*test*"))
-    assert not (cell / "openings.csv").exists()
-    assert "the test predictions are unread; this opens them: python -m covid_cls.evaluate run=" in printed
+    folder, printed = finished
+    assert "test" not in json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert not list((folder / "figures").glob("*test*"))
+    assert not (folder / "test_accesses.csv").exists()
+    assert "Test predictions were saved but not scored. To score them: python -m covid_cls.evaluate run=" in printed
 
 
 def test_the_selected_epoch_is_the_best_on_validation(finished: tuple[Path, str]) -> None:
-    cell, _ = finished
-    history = pd.read_csv(cell / "history.csv")
+    folder, _ = finished
+    history = pd.read_csv(folder / "history.csv")
     assert list(history["epoch"]) == [1, 2, 3]
-    best = json.loads((cell / "metrics.json").read_text(encoding="utf-8"))["best_epoch"]
+    best = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["best_epoch"]
     assert best == int(history.loc[history["loss/val"].idxmin(), "epoch"])
-    assert torch.load(cell / "checkpoints" / "best.ckpt", weights_only=True)["epoch"] + 1 == best
+    assert torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["epoch"] + 1 == best
 
 
 def test_tensorboard_holds_scalars_pictures_and_hparams(finished: tuple[Path, str]) -> None:
-    cell, _ = finished
-    events = EventAccumulator(str(cell / "tensorboard"), size_guidance={"images": 0}).Reload()
+    folder, _ = finished
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0}).Reload()
     tags = events.Tags()
     for name in ("loss/train", "loss/val", "auroc/val", "auroc/val/covid", "sensitivity/val/pneumonia", "lr/head"):
         assert name in tags["scalars"]
@@ -137,7 +136,7 @@ def test_tensorboard_holds_scalars_pictures_and_hparams(finished: tuple[Path, st
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     for word in (b"backbone", b"resnet18", b"strategy", b"partial", b"three_class"):
         assert word in content
-    history = pd.read_csv(cell / "history.csv")
+    history = pd.read_csv(folder / "history.csv")
     (best,) = events.Scalars("best/auroc_val")
     assert best.value == pytest.approx(history.loc[history["loss/val"].idxmin(), "auroc/val"], abs=1e-6)
 
@@ -145,13 +144,13 @@ def test_tensorboard_holds_scalars_pictures_and_hparams(finished: tuple[Path, st
 def test_the_same_command_again_reports_and_does_not_train(
     finished_runs: FinishedRuns, train: Command, tmp_path: Path
 ) -> None:
-    cell = finished_runs.copy(tmp_path, "task=three_class")
-    before = (cell / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    folder = finished_runs.copy(tmp_path, "task=three_class")
+    before = (folder / "checkpoints" / "last.ckpt").stat().st_mtime_ns
     again = train(tmp_path, *SMALL, "trainer.max_epochs=1", "logger=none", "task=three_class")
     assert again.returncode == 0, again.stderr
     assert "is finished" in again.stdout
     assert "macro auroc" in again.stdout
-    assert (cell / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
+    assert (folder / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
 
 
 @pytest.mark.slow(reason="a signal stops a process while it trains")
@@ -166,34 +165,34 @@ def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_weights(
     for line in process.stdout:
         if "epoch 2/12" in line:  # the checkpoint of the first is written, or waits to be
             break
-    (whole,), (cell,) = cells(tmp_path / "whole"), cells(tmp_path / "outputs")
+    (whole,), (folder,) = run_folders(tmp_path / "whole"), run_folders(tmp_path / "outputs")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130, errors
     assert "goes on from the last finished epoch" in errors
-    assert record(cell)["status"] == "interrupted"
+    assert record(folder)["status"] == "interrupted"
 
     resumed = train_process(tmp_path, *words)
     assert resumed.returncode == 0, resumed.stderr
     assert "epoch 1/12" not in resumed.stdout
-    assert record(cell)["status"] == "finished"
-    expected, found = weights(whole), weights(cell)
+    assert record(folder)["status"] == "finished"
+    expected, found = weights(whole), weights(folder)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     for split in ("val", "test"):
         name = f"predictions-{split}.csv"
-        assert (cell / name).read_bytes() == (whole / name).read_bytes()
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_fixed_draws_are_named_wherever_a_result_stands(train: Command, tmp_path: Path) -> None:
-    words = (*SMALL, "strategy=fc", "feature_cache=views:2", "trainer.max_epochs=1", "probes=false", "logger=none")
+    words = (*SMALL, "strategy=fc", "feature_cache=views:2", "trainer.max_epochs=1", "baselines=false", "logger=none")
     done = train(tmp_path, *words)
     assert done.returncode == 0, done.stderr
-    (cell,) = cells(tmp_path / "outputs")
-    assert "-views2-" in cell.name
-    note = "trained on 2 fixed draws of each image (feature_cache=views:2)"
+    (folder,) = run_folders(tmp_path / "outputs")
+    assert "-views2-" in folder.name
+    note = "trained on 2 fixed augmented views of each image (feature_cache=views:2)"
     assert note in done.stdout
-    assert any(note in line for line in record(cell)["notes"])
-    assert any(note in line for line in json.loads((cell / "metrics.json").read_text())["notes"])
+    assert any(note in line for line in record(folder)["notes"])
+    assert any(note in line for line in json.loads((folder / "metrics.json").read_text())["notes"])
     again = train(tmp_path, *words, "loss=focal")
     assert again.returncode == 0, again.stderr
     assert "images computed" in done.stdout
@@ -201,28 +200,28 @@ def test_fixed_draws_are_named_wherever_a_result_stands(train: Command, tmp_path
 
 
 def test_a_feature_cache_that_is_too_small_says_what_it_needs(train: Command, tmp_path: Path) -> None:
-    words = (*SMALL, "strategy=fc", "feature_cache=views:3", "trainer.max_epochs=1", "seed=5", "probes=false")
+    words = (*SMALL, "strategy=fc", "feature_cache=views:3", "trainer.max_epochs=1", "seed=5", "baselines=false")
     done = train(tmp_path, *words, "feature_cache_gb=1e-6")
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "feature_cache_gb=1e-06" in line
     assert "raise feature_cache_gb to" in line
-    (cell,) = cells(tmp_path / "outputs")
-    assert record(cell)["status"] == "failed"
+    (folder,) = run_folders(tmp_path / "outputs")
+    assert record(folder)["status"] == "failed"
     again = train(tmp_path, *words)
     assert again.returncode == 0, again.stderr
-    assert cells(tmp_path / "outputs") == [cell]  # the limit is no part of what a cell is
+    assert run_folders(tmp_path / "outputs") == [folder]  # the limit is no part of what a folder is
 
 
 def test_rerun_trains_anew(train: Command, tmp_path: Path) -> None:
-    words = (*SMALL, "trainer=debug", "strategy=fc", "logger=none", "probes=false")
+    words = (*SMALL, "trainer=debug", "strategy=fc", "logger=none", "baselines=false")
     assert train(tmp_path, *words).returncode == 0
-    (cell,) = cells(tmp_path)
-    before = (cell / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    (folder,) = run_folders(tmp_path)
+    before = (folder / "checkpoints" / "last.ckpt").stat().st_mtime_ns
     again = train(tmp_path, *words, "rerun=true")
     assert again.returncode == 0, again.stderr
-    assert cells(tmp_path) == [cell]
-    assert (cell / "checkpoints" / "last.ckpt").stat().st_mtime_ns > before
+    assert run_folders(tmp_path) == [folder]
+    assert (folder / "checkpoints" / "last.ckpt").stat().st_mtime_ns > before
 
 
 @pytest.mark.parametrize(
@@ -234,13 +233,13 @@ def test_rerun_trains_anew(train: Command, tmp_path: Path) -> None:
         (["data=manifest", "data.path=nowhere.csv"], "nowhere.csv: no such file"),
         (["data=folder", "data.root=nowhere"], "nowhere: no such folder"),
         (["optimizer.lr=fast"], "optimizer.lr=fast: expected float"),
-        (["loss=weighted_ce", "data.sampler=balanced"], "each of these evens the classes out by itself"),
+        (["loss=weighted_ce", "data.sampler=balanced"], "together they count a rare class several times"),
         (["loss=focal", "loss.alpha=inverse_frequency", "data.sampler=balanced"], "Keep one"),
         (["backbone.weights=nowhere.pth", *SMALL], "nowhere.pth: no such file"),
         (["backbone.weights=imagenet", *SMALL], "resnet18-f37072fd.pth"),
         (["strategy=fc", "feature_cache=exact"], "set augment=none, or feature_cache=views:K"),
-        (["strategy=fc", "feature_cache=3"], "must be off, exact or views:K"),
-        (["strategy=full", "feature_cache=views:2"], "strategy=full freezes nothing"),
+        (["strategy=fc", "feature_cache=3"], "feature_cache=3: expected str"),
+        (["strategy=full", "feature_cache=views:2"], "strategy=full freezes no stages"),
         (["strategy.freeze_until=layer9", *SMALL], "this backbone has stem, layer1, layer2, layer3, layer4"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -254,16 +253,15 @@ def test_a_fault_of_the_input_is_one_line_and_exit_code_2(
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
-    assert cells(tmp_path) == []
+    assert run_folders(tmp_path) == []
 
 
 def test_a_single_run_is_composed_once_and_asks_for_no_gpu(train: Command, tmp_path: Path) -> None:
-    compose = CheckedLoader.load_configuration
     with (
-        mock.patch.object(CheckedLoader, "load_configuration", autospec=True, side_effect=compose) as composed,
-        mock.patch.object(multirun, "gpu_slots") as asked,
+        mock.patch.object(cli, "_compose", side_effect=cli._compose) as composed,
+        mock.patch.object(sweep, "gpu_slots") as asked,
     ):
-        assert train(tmp_path, "data=folder", "data.root=nowhere", "experiment=seed_part1/fc").returncode == 2
+        assert train(tmp_path, "data=folder", "data.root=nowhere", "experiment=original_part1/fc").returncode == 2
     assert (composed.call_count, asked.call_count) == (1, 0)
 
 
@@ -279,30 +277,32 @@ def test_a_diverging_run_stops_with_exit_code_1_and_says_so(train: Command, tmp_
     done = train(tmp_path, *SMALL, "optimizer.lr=1e30", "trainer.max_epochs=3", "scheduler=none", "strategy=full")
     assert done.returncode == 1, done.stdout
     (said,) = done.stderr.splitlines()
-    assert said.startswith("error: the training loss became nan or inf in epoch 0, step ")
-    (cell,) = cells(tmp_path)
-    assert record(cell)["status"] == "failed"
-    assert "lower optimizer.lr" in record(cell)["reason"]
+    assert said.startswith("error: the training loss became nan or inf in epoch 1, step ")
+    (folder,) = run_folders(tmp_path)
+    assert record(folder)["status"] == "failed"
+    assert "Reduce optimizer.lr" in record(folder)["reason"]
 
 
-@pytest.mark.parametrize("recipe", ["seed_part1/fc", "seed_part1/full", "seed_part2/bce", "seed_part2/focal"])
+@pytest.mark.parametrize(
+    "recipe", ["original_part1/fc", "original_part1/full", "original_part2/bce", "original_part2/focal"]
+)
 def test_each_recipe_trains(recipe: str, train: Command, tmp_path: Path) -> None:
-    done = train(tmp_path, f"experiment={recipe}", *SMALL, "trainer.max_epochs=1", "logger=none", "probes=false")
+    done = train(tmp_path, f"experiment={recipe}", *SMALL, "trainer.max_epochs=1", "logger=none", "baselines=false")
     assert done.returncode == 0, done.stderr
-    (cell,) = cells(tmp_path)
-    assert cell.parent == tmp_path / "outputs" / recipe
-    overall = json.loads((cell / "metrics.json").read_text(encoding="utf-8"))["val"]["overall"]
-    if recipe.startswith("seed_part2"):
+    (folder,) = run_folders(tmp_path)
+    assert folder.parent == tmp_path / "outputs" / recipe
+    overall = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["val"]["overall"]
+    if recipe.startswith("original_part2"):
         assert 0 <= overall["label_accuracy"] <= 1
         assert "covid_f1_at_half" in overall
 
 
 @pytest.mark.slow(reason="a sweep starts a process for each run")
 def test_the_grid_sweeps_without_being_asked_twice(train_process: Command, tmp_path: Path) -> None:
-    words = ("task=binary", "backbone=resnet18", "strategy=fc", "seed=0", "probes=false")
+    words = ("task=binary", "backbone=resnet18", "strategy=fc", "seed=0", "baselines=false")
     done = train_process(tmp_path, "experiment=grid", *words, *SMALL, "trainer.max_epochs=1")
     assert done.returncode == 0, done.stderr
-    names = [cell.name.rsplit("-", 1)[0] for cell in cells(tmp_path / "outputs" / "grid")]
+    names = [folder.name.rsplit("-", 1)[0] for folder in run_folders(tmp_path / "outputs" / "grid")]
     assert names == ["binary-resnet18-fc-ce-s0", "binary-resnet18-fc-focal-s0"]
 
 
@@ -322,9 +322,9 @@ def test_a_gpu_trains_in_bf16(environment: dict[str, str], tmp_path: Path) -> No
     command = [sys.executable, "-m", "covid_cls.train", *words]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (cell,) = cells(tmp_path)
-    assert record(cell)["device"]["gpu"]
-    assert record(cell)["precision"] == "bf16-mixed"
+    (folder,) = run_folders(tmp_path)
+    assert record(folder)["device"]["gpu"]
+    assert record(folder)["precision"] == "bf16-mixed"
 
 
 @pytest.mark.real
@@ -354,12 +354,12 @@ class TestRealRadiographs:
     def test_partial_trains_on_the_partial_weights(
         self, words: tuple[str, ...], train: Command, tmp_path: Path
     ) -> None:
-        done = train(tmp_path, *words, "strategy=partial", "trainer.max_epochs=1", "trainer=cpu", "probes=false")
+        done = train(tmp_path, *words, "strategy=partial", "trainer.max_epochs=1", "trainer=cpu", "baselines=false")
         assert done.returncode == 0, done.stderr
-        (cell,) = cells(tmp_path)
-        assert record(cell)["data"]["images"] == 120
-        assert record(cell)["weights"]["pretrained_stages"] == ["stem", "layer1", "layer2", "layer3"]
-        assert len(record(cell)["weights"]["fresh"]) == 20
+        (folder,) = run_folders(tmp_path)
+        assert record(folder)["data"]["images"] == 120
+        assert record(folder)["weights"]["pretrained_stages"] == ["stem", "layer1", "layer2", "layer3"]
+        assert len(record(folder)["weights"]["fresh"]) == 20
 
     def test_fc_is_refused_for_frozen_tensors_are_missing(
         self, words: tuple[str, ...], train: Command, tmp_path: Path
@@ -367,12 +367,12 @@ class TestRealRadiographs:
         done = train(tmp_path, *words, "strategy=fc")
         assert done.returncode == 2
         assert "20 tensors of the frozen stages are missing: layer4.0.conv1.weight" in done.stderr
-        assert cells(tmp_path) == []
+        assert run_folders(tmp_path) == []
 
 
 def test_nothing_is_chosen_by_the_labels_of_the_test_split(train: Command, tmp_path: Path) -> None:
     source = build_phantoms(tmp_path / "phantoms", images=48)
-    table = assign_splits(read_manifest(source))
+    table = assign_splits(read_manifest(source), SplitSettings())
     left = {}
     for name in ("as_they_are", "shuffled"):
         if name == "shuffled":
@@ -384,13 +384,20 @@ def test_nothing_is_chosen_by_the_labels_of_the_test_split(train: Command, tmp_p
         words = ("data=manifest", f"data.path={source.with_name(f'{name}.csv')}", "data.group=image", f"name={name}")
         small = [word for word in SMALL if not word.startswith("data.images")]
         done = train(
-            tmp_path, *small, *words, "task=three_class", "trainer.max_epochs=2", "probes=false", "logger=none"
+            tmp_path,
+            *small,
+            *words,
+            "task=three_class",
+            "strategy=fc",
+            "trainer.max_epochs=2",
+            "baselines=false",
+            "logger=none",
         )
         assert done.returncode == 0, done.stderr
-        (cell,) = cells(tmp_path / "outputs" / name)
-        frozen_operating(cell, TASKS["three_class"], sensitivity=0.95, specificity=0.95)
-        best = torch.load(cell / "checkpoints" / "best.ckpt", weights_only=True)
-        left[name] = ((cell / "operating.json").read_bytes(), best["epoch"], best["state_dict"])
+        (folder,) = run_folders(tmp_path / "outputs" / name)
+        frozen_operating(folder, TASKS["three_class"], sensitivity=0.95, specificity=0.95)
+        best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+        left[name] = ((folder / "operating.json").read_bytes(), best["epoch"], best["state_dict"])
     (before, epoch, network), (after, epoch_after, network_after) = left.values()
     assert before == after
     assert epoch == epoch_after
@@ -398,17 +405,17 @@ def test_nothing_is_chosen_by_the_labels_of_the_test_split(train: Command, tmp_p
 
 
 def test_a_leaky_split_is_noted_or_refused_as_asked(train: Command, tmp_path: Path) -> None:
-    words = (*SMALL, "data.group=image", "trainer.max_epochs=1", "backbone.weights=none", "strategy=full")
+    words = (*SMALL, "data.group=image", "trainer.max_epochs=1", "backbone.weights=none", "strategy=fc")
     refused = train(tmp_path, *words, "audit=fail")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: audit: patients in two splits.")
-    assert "or set audit=warn" in refused.stderr
-    assert not cells(tmp_path)
+    assert "set audit=warn" in refused.stderr
+    assert not run_folders(tmp_path)
     noted = train(tmp_path, *words)
     assert noted.returncode == 0, noted.stderr
-    (cell,) = cells(tmp_path)
-    assert any("audit: patients in two splits" in note for note in record(cell)["notes"])
-    assert {path.name for path in (cell / "probes").glob("*-test.csv")} == {
+    (folder,) = run_folders(tmp_path)
+    assert any("audit: patients in two splits" in note for note in record(folder)["notes"])
+    assert {path.name for path in (folder / "baselines").glob("*-test.csv")} == {
         f"{name}-test.csv"
         for name in ("majority", "header", "metadata", "frame", "histogram", "thumbnail", "corners", "marker")
     }

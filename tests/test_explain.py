@@ -1,4 +1,4 @@
-"""`explain` on a finished run; its page for maps that pass the check of the weights, and for those that fail."""
+"""`explain` on a finished run; its page for maps that pass the randomisation test, and for maps that fail it."""
 
 import json
 import re
@@ -12,37 +12,38 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from covid_cls.artifact.model import load
 from covid_cls.attribution import maps
-from covid_cls.attribution.audit import Measures
-from covid_cls.attribution.summary import summarise_maps
+from covid_cls.attribution.map_metrics import MapMetrics, summarise_maps
+from covid_cls.bundle.model import load
 from covid_cls.errors import InputError
-from covid_cls.labels import TASKS
-from covid_cls.records import DISCLAIMER, LEDGER
-from covid_cls.reporting.explain_page import text_lines, write_explained
-from covid_cls.reporting.explanations import (
+from covid_cls.io import DISCLAIMER, TEST_ACCESSES
+from covid_cls.reporting.explain_page import (
     Explained,
     MappedImage,
     Options,
     check_options,
     explain_images,
     input_images,
+    text_lines,
+    write_explained,
 )
+from covid_cls.tasks import TASKS
 from tests.conftest import Command, FinishedRuns, command
 
-FACTS = {"model": "cell", "images": "some images", "command": "python -m covid_cls.explain"}
-QUICK = ("steps=2", "draws=1", "threshold=argmax")  # one epoch may be worth no threshold
+FACTS = {"model": "a model", "images": "some images", "command": "python -m covid_cls.explain"}
+# After one epoch, validation may give no threshold.
+QUICK = ("steps=2", "draws=1", "threshold=argmax")
 
 
 @pytest.fixture(scope="module")
 def explain(environment: dict[str, str]) -> Command:
-    """`explain` in this process."""
+    """Return a function that runs `explain` in this process."""
     return command("explain", environment)
 
 
 @pytest.fixture(scope="module")
 def of_split(explain: Command, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output for the run's validation split."""
+    """Return the output for the validation split of a run."""
     folder = tmp_path_factory.mktemp("split")
     done = explain(folder, f"run={run}", *QUICK, "output=out")
     assert done.returncode == 0, done.stderr
@@ -55,9 +56,9 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def explained(similarity: list[float], n: int = 1) -> Explained:
-    """Maps of known similarity to those of random weights, the first `n` of them to be drawn."""
+    """Return maps with known similarities to those of re-initialised networks; the first `n` are to be drawn."""
     rng = np.random.default_rng(0)
-    numbers = pd.DataFrame([Measures(0.3, 0.5, 0.25, s, 0.4, 0.8, 0.6, 0.7) for s in similarity])
+    numbers = pd.DataFrame([MapMetrics(0.3, 0.5, 0.25, s, 0.4, 0.8, 0.6, 0.7) for s in similarity])
     ids = [f"scan $x_{k}$ 日本.png" for k in range(len(similarity))]
     table = numbers.assign(
         image_id=ids, patient_id="", label="covid", target="covid", decision="covid", calibrated_covid=0.75, detail=""
@@ -70,7 +71,7 @@ def explained(similarity: list[float], n: int = 1) -> Explained:
     return Explained(table, summary, images if summary["weights"]["passed"] else [], ["a note"])
 
 
-def test_a_split_gives_every_image_its_numbers(of_split: Path, run: Path) -> None:
+def test_every_image_of_a_split_gets_its_metrics(of_split: Path, run: Path) -> None:
     table, record = read(of_split), json.loads((of_split / "explain.json").read_text())
     val = pd.read_csv(run / "predictions-val.csv")
     assert table["image_id"].tolist() == val["image_id"].tolist()
@@ -92,7 +93,7 @@ def test_a_split_gives_every_image_its_numbers(of_split: Path, run: Path) -> Non
         assert share["low"] < share["value"] < share["high"]
 
 
-def test_figures_are_there_only_where_the_method_passes(of_split: Path) -> None:
+def test_figures_exist_only_if_the_maps_pass_the_randomisation_test(of_split: Path) -> None:
     record, table = json.loads((of_split / "explain.json").read_text()), read(of_split)
     drawn = sorted((of_split / "overlays").glob("*.png"))
     assert (of_split / "contact_sheet.png").is_file() == bool(record["weights"]["passed"]) == bool(drawn)
@@ -103,7 +104,7 @@ def test_figures_are_there_only_where_the_method_passes(of_split: Path) -> None:
     assert ("data:image/jpeg" in page) == bool(drawn)
 
 
-def test_a_manifest_brings_labels_and_masks(explain: Command, run: Path, phantoms: Path, tmp_path: Path) -> None:
+def test_labels_and_masks_are_read_from_a_manifest(explain: Command, run: Path, phantoms: Path, tmp_path: Path) -> None:
     rows = pd.read_csv(phantoms, dtype=str)
     rows = rows[rows["path"].isin(pd.read_csv(run / "predictions-val.csv")["image_id"])].head(3)
     rows["mask"] = [rows["mask"].iloc[0], "", rows["mask"].iloc[2]]
@@ -121,10 +122,10 @@ def test_a_manifest_brings_labels_and_masks(explain: Command, run: Path, phantom
     assert table["deletion"].isna().all()
 
 
-def test_a_folder_keeps_a_row_for_what_cannot_be_read(
+def test_a_file_that_cannot_be_read_has_a_row_too(
     explain: Command, run: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # 9 squares are hidden instead of 169: each costs a prediction.
+    # 9 squares are hidden instead of 169, because each needs a prediction.
     monkeypatch.setitem(maps.METHODS, "occlusion", partial(maps.occlusion, patch=24))
     name = pd.read_csv(run / "predictions-val.csv")["image_id"][0]
     source = phantoms.parent / name
@@ -141,11 +142,11 @@ def test_a_folder_keeps_a_row_for_what_cannot_be_read(
     assert not table["published"][1]
 
 
-def test_the_test_split_is_noted_in_the_ledger(explain: Command, finished_runs: FinishedRuns, tmp_path: Path) -> None:
-    run = finished_runs.copy(tmp_path, "probes=false")
+def test_an_access_to_the_test_split_is_logged(explain: Command, finished_runs: FinishedRuns, tmp_path: Path) -> None:
+    run = finished_runs.copy(tmp_path, "baselines=false")
     done = explain(tmp_path, f"run={run}", "split=test", *QUICK, "figures=0", "output=out")
     assert done.returncode == 0, done.stderr
-    _, line = (run / LEDGER).read_text().splitlines()
+    _, line = (run / TEST_ACCESSES).read_text().splitlines()
     assert "covid_cls.explain" in line
     assert "split=test" in line
     assert not (tmp_path / "out" / "contact_sheet.png").exists()
@@ -155,9 +156,9 @@ def test_the_test_split_is_noted_in_the_ledger(explain: Command, finished_runs: 
     ("words", "fault"),
     [
         (("input=scan.png",), "give model=FOLDER with input=IMAGES, or run=FOLDER"),
-        (("model=nowhere", "input=words.png"), "model=nowhere: no such folder (looked in "),
+        (("model=nowhere", "input=words.png"), "model=nowhere: no such folder (searched in "),
         (("run=RUN", "split=all"), "split=all: must be one of train, val, test"),
-        (("model=RUN", "input=words.png"), "none of 1 files can be read: words.png"),
+        (("model=RUN", "input=words.png"), "none of the 1 files can be read: words.png"),
     ],
 )
 def test_faults_are_one_line_and_exit_with_2(
@@ -185,8 +186,8 @@ def test_options_out_of_range_are_refused(option: dict[str, Any], fault: str) ->
         check_options(Options(**option), TASKS["binary"])
 
 
-def test_a_target_by_label_needs_labels(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "scan.png").write_text("not looked at")
+def test_explaining_the_label_requires_labels(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "scan.png").write_text("never opened")
     with pytest.raises(InputError, match="target=label: 1 images have no label of task binary: scan"):
         explain_images(load(run), input_images(str(tmp_path / "scan.png")), Options(target="label"))
 
@@ -206,13 +207,13 @@ def test_maps_that_pass_are_drawn_and_described(tmp_path: Path) -> None:
         with Image.open(path) as image:
             assert min(image.size) > 400
     page = (tmp_path / "explain.html").read_text()
-    assert "passes the check of the weights: 100% of 8 maps change" in page
+    assert "passes the randomisation test: 100% of 8 maps change" in page
     assert "data:image/jpeg;base64," in page
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)  # it needs no other file
     assert "2.00" in page  # lungs: 0.5 of the map on 0.25 of the area
 
 
-def test_maps_that_survive_random_weights_are_not_drawn_and_old_figures_go(tmp_path: Path) -> None:
+def test_maps_that_fail_the_randomisation_test_are_not_drawn_and_old_figures_are_removed(tmp_path: Path) -> None:
     write_explained(tmp_path, explained([0.1] * 8, n=1), Options(), FACTS)
     (tmp_path / "overlays" / "mine.png").write_bytes(b"kept")
     failed = explained([0.1] * 6 + [0.9] * 2)
@@ -220,7 +221,7 @@ def test_maps_that_survive_random_weights_are_not_drawn_and_old_figures_go(tmp_p
     assert [path.name for path in (tmp_path / "overlays").iterdir()] == ["mine.png"]
     assert not (tmp_path / "contact_sheet.png").exists()
     page = (tmp_path / "explain.html").read_text()
-    assert "No figure: Grad-CAM fails the check of the weights. Only 75% of 8 maps change" in page
+    assert "No figure: Grad-CAM fails the randomisation test. Only 75% of 8 maps change" in page
     assert "data:image" not in page
     assert "No figure" in text_lines(failed, "grad_cam")[0]
     assert json.loads((tmp_path / "explain.json").read_text())["weights"]["passed"] is False

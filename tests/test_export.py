@@ -2,27 +2,23 @@
 
 import re
 import shutil
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
 
-from covid_cls.artifact import exported
-from covid_cls.artifact.files import CARD, RECORD, WEIGHTS
-from covid_cls.artifact.model import load
-from covid_cls.command import conf_folder
-from covid_cls.data.phantom import build_phantoms
+from covid_cls.bundle import onnx_export
+from covid_cls.bundle.files import CARD, RECORD, WEIGHTS
+from covid_cls.bundle.model import load
+from covid_cls.data.phantoms import build_phantoms
 from covid_cls.data.readers import read_image
-from covid_cls.errors import InputError
-from covid_cls.export import export as export_command
-from covid_cls.records import DISCLAIMER
-from tests.artifact.small import small_model
-from tests.conftest import Command, command
+from covid_cls.errors import ExportError, InputError
+from covid_cls.export import _export as export_job
+from covid_cls.io import DISCLAIMER
+from tests.bundle.small import small_model
+from tests.conftest import Command, command, quick_job
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +30,7 @@ def export(environment: dict[str, str]) -> Command:
 @pytest.fixture(autouse=True)
 def small_images_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure the speed on images of 64 x 64 pixels instead of 1024 x 1024: the numbers are not looked at."""
-    monkeypatch.setattr(exported, "TIMED_SIDE", 64)
+    monkeypatch.setattr(onnx_export, "TIMED_SIDE", 64)
 
 
 @pytest.fixture(scope="module")
@@ -53,20 +49,6 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(picture, folder)
     (folder / "note.txt").write_text("a note")
     return folder
-
-
-@cache
-def defaults() -> DictConfig:
-    """The configuration of the command without words; composing it takes half a second."""
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return compose("export")
-
-
-def composed(*words: str) -> DictConfig:
-    """The configuration of a command line that sets values only."""
-    merged = OmegaConf.merge(defaults(), OmegaConf.from_dotlist(list(words)))
-    assert isinstance(merged, DictConfig)
-    return merged
 
 
 def same_scores(run: Path, picture: Path, logits: np.ndarray, probabilities: np.ndarray) -> None:
@@ -103,7 +85,7 @@ def test_a_torch_program_gives_the_numbers_of_predict(run: Path, scans: Path, ex
     done = export(tmp_path, f"model={run / 'model'}", "format=torch")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert "6 phantoms, for want of input=" in done.stdout
+    assert "6 phantoms, since input= is not given" in done.stdout
     program = torch.export.load(tmp_path / "outputs" / "exports" / "small.pt2").module()
     picture = sorted(scans.glob("*.png"))[0]
     with torch.inference_mode():
@@ -112,16 +94,16 @@ def test_a_torch_program_gives_the_numbers_of_predict(run: Path, scans: Path, ex
 
 
 def test_a_file_that_scores_otherwise_is_not_written(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = exported.run_model(load(run, "cpu"))
-    monkeypatch.setattr(exported, "export_model", lambda model, kind: b"a program")
-    monkeypatch.setattr(exported, "open_exported", lambda data, kind: lambda x: tuple(s + 2e-4 for s in model(x)))
+    model = onnx_export.model_function(load(run, "cpu"))
+    monkeypatch.setattr(onnx_export, "export_model", lambda model, kind: b"a program")
+    monkeypatch.setattr(
+        onnx_export, "exported_function", lambda data, kind: lambda x: tuple(s + 2e-4 for s in model(x))
+    )
     (tmp_path / "model.pt2").write_text("earlier")
-    with pytest.raises(SystemExit) as stop:
-        export_command(composed(f"model={run}", "format=torch", f"output={tmp_path / 'model.pt2'}"))
-    assert stop.value.code == 1
-    assert capsys.readouterr().err == "error: the torch file does not score as the model does; nothing was written\n"
+    with pytest.raises(ExportError, match="the torch file does not give the scores of the model"):
+        export_job(quick_job("export", f"model={run}", "format=torch", f"output={tmp_path / 'model.pt2'}"))
     assert [p.read_text() for p in tmp_path.iterdir()] == ["earlier"]
 
 
@@ -129,11 +111,11 @@ def test_a_file_that_scores_otherwise_is_not_written(
     ("words", "message"),
     [
         (["model=nowhere"], "model=nowhere: no such folder"),
-        (["model={run}", "format=tflite"], "format=tflite: unknown; one of onnx, torch"),
+        (["model={run}", "format=tflite"], "format=tflite: unknown; choose one of onnx, torch"),
         (["model={run}", "input=nowhere"], "input=nowhere: no such file or folder"),
         (["model={run}", "input={scans}/note.txt"], "none of 1 files can be read: note.txt: a text file"),
-        (["model={run}", "output={scans}"], "give the name of a file, outside the model's folder"),
-        (["model={run}", "output={run}/model/model.json"], "give the name of a file, outside the model's folder"),
+        (["model={run}", "output={scans}"], "give the name of a file outside the model folder"),
+        (["model={run}", "output={run}/model/model.json"], "give the name of a file outside the model folder"),
         (["model={run}", "output=7"], "output=7: Hydra does not read this as a path"),
     ],
 )
@@ -142,7 +124,7 @@ def test_a_fault_of_the_input_leaves_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=re.escape(message)):
-        export_command(composed(*(word.format(run=run, scans=scans) for word in words)))
+        export_job(quick_job("export", *(word.format(run=run, scans=scans) for word in words)))
     assert list(tmp_path.iterdir()) == []
     assert sorted(p.name for p in (run / "model").iterdir()) == sorted([CARD, RECORD, WEIGHTS])
 

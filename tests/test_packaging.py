@@ -24,8 +24,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow(reason="builds a wheel")
-def test_the_wheel_holds_every_configuration_file_and_nothing_foreign(wheel: Path) -> None:
+def test_the_wheel_holds_all_configuration_files_and_templates_and_nothing_foreign(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
+    templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "covid_cls").rglob("*.j2")}
+    assert templates
+    assert templates == {name for name in names if name.endswith(".j2")}
     here = {path.relative_to(ROOT / "conf").as_posix() for path in (ROOT / "conf").rglob("*.yaml")}
     shipped = {name.removeprefix("covid_cls/conf/") for name in names if name.startswith("covid_cls/conf/")}
     assert here
@@ -42,10 +45,13 @@ def test_a_command_runs_from_the_wheel_in_an_empty_folder(
     folder.mkdir()
     zipfile.ZipFile(wheel).extractall(site)
     env = {**environment, "PYTHONPATH": str(site)}
-    where = [sys.executable, "-c", "import covid_cls.command as c; print(c.conf_folder())"]
+    where = [sys.executable, "-c", "import covid_cls.runtime.cli as c; print(c.conf_folder())"]
     found = subprocess.run(where, cwd=folder, env=env, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == str(site / "covid_cls" / "conf")
-    words = ["experiment=seed_part2/focal", "--cfg", "job"]
+    page = [sys.executable, "-c", "from covid_cls.reporting.html import bullets; print(bullets(['found']))"]
+    found = subprocess.run(page, cwd=folder, env=env, capture_output=True, text=True, check=True)
+    assert "<li>found</li>" in found.stdout
+    words = ["experiment=original_part2/focal", "--cfg", "job"]
     done = subprocess.run(
         [sys.executable, "-m", "covid_cls.train", *words], cwd=folder, env=env, capture_output=True, text=True
     )

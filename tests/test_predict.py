@@ -6,25 +6,21 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from covid_cls.artifact.stream import Tally
-from covid_cls.command import conf_folder
+from covid_cls.bundle.model import PredictionSummary
 from covid_cls.errors import InputError
-from covid_cls.labels import TASKS
-from covid_cls.predict import predict as predict_command
-from covid_cls.records import DISCLAIMER, read_predictions
-from tests.conftest import Command, command, starter
+from covid_cls.io import DISCLAIMER, read_predictions
+from covid_cls.predict import _predict as predict_job
+from covid_cls.tasks import TASKS
+from tests.conftest import Command, command, quick_job, starter
 from tests.data.test_dicom import radiograph
 
 TASK = TASKS["binary"]
@@ -39,20 +35,6 @@ def predict(environment: dict[str, str]) -> Command:
 
 def ids(run: Path, split: str) -> list[str]:
     return read_predictions(run / f"predictions-{split}.csv", TASK.classes)["image_id"].tolist()
-
-
-@cache
-def defaults() -> DictConfig:
-    """The configuration of the command without words; composing it takes half a second."""
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return compose("predict")
-
-
-def composed(*words: str) -> DictConfig:
-    """The configuration of a command line that sets values only."""
-    merged = OmegaConf.merge(defaults(), OmegaConf.from_dotlist(list(words)))
-    assert isinstance(merged, DictConfig)
-    return merged
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -124,12 +106,12 @@ def test_a_folder_of_all_sorts_is_a_table_with_a_row_for_each(
         (["model=nowhere", "input=mixed"], "model=nowhere: no such folder"),
         (["model={run}", "input=5"], "input=5: Hydra does not read this as a path"),
         (["model={run}", "input=mixed", "threshold=0.5"], "threshold=0.5: expected str"),
-        (["model={run}", "input=mixed", "threshold=best"], "threshold=best: this model has "),
+        (["model={run}", "input=mixed", "threshold=best"], "threshold=best: unknown. This model has "),
         (["model={run}", "input=mixed", "batch_size=0"], "batch_size=0: must be at least 1"),
-        (["model={run}", "input=mixed", "dicom_tags=[PatientsName]"], "meant may be PatientName"),
+        (["model={run}", "input=mixed", "dicom_tags=[PatientsName]"], "did you mean PatientName"),
         (["model={run}", "input=mixed", "device=moon"], "device=moon"),
-        (["model={run}", "input=mixed", "output=mixed"], "output=mixed: a folder"),
-        (["model={run}", "input=mixed", "output=mixed/d.png"], "output=mixed/d.png: one of the inputs"),
+        (["model={run}", "input=mixed", "output=mixed"], "output=mixed: is a folder"),
+        (["model={run}", "input=mixed", "output=mixed/d.png"], "output=mixed/d.png: is one of the input files"),
         (["model={run}", "input=mixed/b.txt"], "b.txt: a text file, not an image"),
         (["model={run}", "input=mixed/pipe"], "pipe: not a regular file"),
     ],
@@ -140,7 +122,7 @@ def test_a_fault_of_the_input_is_named_and_leaves_nothing(
     monkeypatch.chdir(mixed.parent)
     before = sorted(mixed.rglob("*"))
     with pytest.raises(InputError, match=re.escape(message)):
-        predict_command(composed(ARGMAX, "device=cpu", *(word.format(run=run) for word in words)))
+        predict_job(quick_job("predict", ARGMAX, "device=cpu", *(word.format(run=run) for word in words)))
     assert sorted(mixed.rglob("*")) == before
     assert not list(mixed.parent.rglob("*.csv*"))
 
@@ -158,9 +140,9 @@ def test_an_earlier_table_is_kept_until_there_is_another(
     (tmp_path / "table.csv").write_text("earlier")
     words = [ARGMAX, "device=cpu", f"model={run}", "output=table.csv"]
     with pytest.raises(InputError):
-        predict_command(composed(*words, "input=mixed/b.txt"))
+        predict_job(quick_job("predict", *words, "input=mixed/b.txt"))
     assert (tmp_path / "table.csv").read_text() == "earlier"
-    predict_command(composed(*words, "input=mixed/*.jpg"))
+    predict_job(quick_job("predict", *words, "input=mixed/*.jpg"))
     assert read(tmp_path / "table.csv")["image_id"].tolist() == ["c.jpg"]
 
 
@@ -169,11 +151,11 @@ def test_ctrl_c_leaves_no_half_table(
 ) -> None:
     written = []
 
-    def stop(self: Tally, table: pd.DataFrame) -> None:  # called after the rows of a batch are written
+    def stop(self: PredictionSummary, table: pd.DataFrame) -> None:  # called after the rows of a batch are written
         written.extend((tmp_path / "out").iterdir())
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Tally, "add", stop)
+    monkeypatch.setattr(PredictionSummary, "add", stop)
     done = predict(tmp_path, ARGMAX, f"model={run}", "input=mixed", "batch_size=1", "output=out/table.csv")
     assert done.returncode == 130
     assert done.stderr == "stopped by SIGINT: the results are incomplete\n"
@@ -311,7 +293,7 @@ def test_a_file_that_alone_is_damaged_names_no_patient(
 ) -> None:
     words = [ARGMAX, "device=cpu", f"model={run}", f"input={ward / name}", f"output={tmp_path / 'table.csv'}"]
     with pytest.raises(InputError, match=f"none of 1 files can be read: {name}: ") as error:
-        predict_command(composed(*words))
+        predict_job(quick_job("predict", *words))
     assert leaks("".join([str(error.value), *capfd.readouterr()]), WORDS) == []
 
 

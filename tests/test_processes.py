@@ -1,6 +1,7 @@
 """Each command once as a user starts it: as a process of its own, from another folder than the package's.
 
-`search` and `benchmark` start processes themselves: tests/test_search.py and tests/speed/test_benchmark.py start them.
+`search` and `benchmark` start processes themselves: tests/test_search.py and
+tests/benchmarking/test_benchmark.py start them.
 """
 
 import json
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from covid_cls.labels import TASKS
-from covid_cls.records import write_predictions
+from covid_cls.io import write_predictions
+from covid_cls.tasks import TASKS
 from tests.conftest import SMALL, starter
 from tests.evaluation.test_assessment import cohort
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.slow(reason="each command is started as a process")
 def run_folder(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that `train` left as a process of its own."""
     folder = tmp_path_factory.mktemp("processes")
-    words = (*SMALL, "trainer.max_epochs=1", "probes=false", "logger=none")
+    words = (*SMALL, "trainer.max_epochs=1", "baselines=false", "logger=none")
     done = starter("train", environment)(folder, *words)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -42,7 +43,7 @@ def test_train_leaves_a_finished_run_below_the_folder_it_was_started_in(run_fold
         ("predict", "model={run} input={images} output=made.csv threshold=argmax", "made.csv"),
         ("explain", "model={run} input={images} output=made device=cpu threshold=argmax", "made"),
         ("export", "model={run} output=made.onnx", "made.onnx"),
-        ("audit", "data.images=48 data.size=48 probes=false output=made", "made/audit.json"),
+        ("audit", "data.images=48 data.size=48 baselines=false output=made", "made/audit.json"),
     ],
 )
 def test_a_command_leaves_its_results(

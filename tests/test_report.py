@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from covid_cls.evaluation.grid import point_scores
-from covid_cls.labels import TASKS
-from covid_cls.records import read_predictions
+from covid_cls.evaluation.metrics import point_scores
+from covid_cls.io import read_predictions
+from covid_cls.tasks import TASKS
 from tests.conftest import Command, FinishedRuns, command
 from tests.reporting.sweeps import changed, write_run
 
@@ -23,13 +23,13 @@ def report(environment: dict[str, str]) -> Command:
 def sweep(finished_runs: FinishedRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with copies of two runs below outputs/two."""
     folder = tmp_path_factory.mktemp("sweep")
-    for words in (("task=three_class", "strategy=fc", "probes=false"), ("task=three_class",)):
+    for words in (("task=three_class", "strategy=fc", "baselines=false"), ("task=three_class",)):
         finished_runs.copy(folder, *words)
     (folder / "outputs" / "phantom").rename(folder / "outputs" / "two")
     return folder
 
 
-def test_trained_cells_become_a_page_and_tables(sweep: Path, report: Command, tmp_path: Path) -> None:
+def test_a_report_on_trained_runs_has_a_page_and_tables(sweep: Path, report: Command, tmp_path: Path) -> None:
     first = report(tmp_path, f"runs={sweep / 'outputs' / 'two'}", "resamples=100")
     assert first.returncode == 0, first.stderr
     assert first.stderr == ""
@@ -49,13 +49,13 @@ def test_trained_cells_become_a_page_and_tables(sweep: Path, report: Command, tm
                 read_predictions(folder / "predictions-test.csv", TASKS["three_class"].classes), TASKS["three_class"]
             )
             assert float(row["value"] or "nan") == pytest.approx(scores[row["score"]], abs=1e-9, nan_ok=True)
-    # From outputs, by name, elsewhere: the same numbers, and one opening more.
+    # A second report on the same runs, found by name in outputs: the same numbers, and one more test-set access.
     second = report(sweep, "runs=two", f"output={tmp_path / 'again'}", "resamples=100")
     assert second.returncode == 0, second.stderr
     assert (tmp_path / "again" / "results.csv").read_bytes() == text
-    assert "were opened 2 times" in (tmp_path / "again" / "index.html").read_text(encoding="utf-8")
+    assert "2, including this report" in (tmp_path / "again" / "index.html").read_text(encoding="utf-8")
     for folder in folders:
-        assert len((folder / "openings.csv").read_text(encoding="utf-8").splitlines()) == 1 + 2
+        assert len((folder / "test_accesses.csv").read_text(encoding="utf-8").splitlines()) == 1 + 2
 
 
 @pytest.mark.parametrize(

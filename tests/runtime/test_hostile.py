@@ -3,19 +3,15 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import hydra._internal.hydra
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.errors import ConfigCompositionException
 
-from covid_cls.command import conf_folder, plain
 from covid_cls.errors import InputError
-from covid_cls.records import read_json
-from covid_cls.targets import check_compositions, check_targets
+from covid_cls.io import read_json
+from covid_cls.runtime.cli import compose_job
+from covid_cls.runtime.schema import check_targets
 from tests.conftest import ROOT, SMALL, Command, starter
 from tests.training.small import compose_small
 
@@ -48,7 +44,7 @@ TARGETS = (
     "pytorch_lightning.Trainer",
     "pytorch_lightning.callbacks",
     "pytorch_lightning_callbacks.Evil",
-    "covid_cls.multirun.SweepStart",
+    "covid_cls.runtime.sweep.SweepStart",
     "",
 )
 TARGET = {"_target_": "os.system", "command": "touch marker"}
@@ -106,14 +102,14 @@ def test_no_target_is_allowed_in_any_other_place(place: str) -> None:
 def test_a_name_that_looks_right_must_be_a_class_of_that_kind(
     section: str, value: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
-    from covid_cls.assemble import build_trainer
+    from covid_cls.experiment import build_trainer
 
     with pytest.raises(InputError, match=reason):
         build_trainer({**compose_small(), section: value}, tmp_path, [])
 
 
 def test_lightnings_own_callbacks_and_loggers_may_be_added(tmp_path: Path) -> None:
-    from covid_cls.assemble import build_trainer
+    from covid_cls.experiment import build_trainer
 
     settings = compose_small()
     settings["callbacks"]["timer"] = {"_target_": "pytorch_lightning.callbacks.Timer", "duration": "00:12:00:00"}
@@ -127,30 +123,19 @@ def test_lightnings_own_callbacks_and_loggers_may_be_added(tmp_path: Path) -> No
 
 
 @pytest.fixture
-def checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hydra's compose as the commands have it, for this test alone."""
-    monkeypatch.setattr(hydra._internal.hydra, "ConfigLoaderImpl", hydra._internal.hydra.ConfigLoaderImpl)
-    check_compositions()
-
-
-@pytest.fixture
-def recipes(tmp_path: Path) -> Iterator[Path]:
+def recipes(tmp_path: Path) -> Path:
     """A folder of recipes, beside the shipped configuration."""
     folder = tmp_path / "theirs" / "experiment"
     folder.mkdir(parents=True)
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        yield folder
+    return folder
 
 
 def refusal(recipes: Path, text: str) -> str:
     (recipes / "evil.yaml").write_text("# @package _global_\n" + text, encoding="utf-8")
-    words = [f"hydra.searchpath=[file://{recipes.parent}]", "experiment=evil"]
-    with pytest.raises((ConfigCompositionException, InputError)) as error:
-        plain(compose("train", words))
-    cause = error.value.__cause__ or error.value
-    assert isinstance(cause, InputError), repr(cause)
-    assert "\n" not in str(cause)
-    return str(cause)
+    with pytest.raises(InputError) as error:
+        compose_job("train", [f"hydra.searchpath=[file://{recipes.parent}]", "experiment=evil"])
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 HYDRA = {  # what a recipe may not do to Hydra itself, and what the refusal names
@@ -175,14 +160,12 @@ HYDRA = {  # what a recipe may not do to Hydra itself, and what the refusal name
 }
 
 
-@pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize("text", HYDRA)
 def test_a_recipe_cannot_make_hydra_run_code(recipes: Path, text: str) -> None:
     assert HYDRA[text] in refusal(recipes, text)
     assert "hostile_module" not in sys.modules
 
 
-@pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize(
     "value",
     [
@@ -199,12 +182,11 @@ def test_a_yaml_tag_is_refused(recipes: Path, value: str) -> None:
     assert not Path("marker").exists()
 
 
-@pytest.mark.usefixtures("checked")
 def test_what_recipes_are_for_goes_through(recipes: Path) -> None:
     text = "name: ${oc.env:HOME}\nseed: ${oc.decode:'3'}\nhydra: {mode: MULTIRUN, sweeper: {params: {seed: '0,1'}}}"
     (recipes / "good.yaml").write_text("# @package _global_\n" + text, encoding="utf-8")
     words = [f"hydra.searchpath=[file://{recipes.parent}]", "experiment=good"]
-    assert plain(compose("train", words))["seed"] == 3
+    assert compose_job("train", words).settings["seed"] == 3
 
 
 # the commands
@@ -217,6 +199,7 @@ def test_what_recipes_are_for_goes_through(recipes: Path) -> None:
         ([], "hydra: {callbacks: {evil: {_target_: hostile_module.run}}}"),
         (["-m"], "hydra: {job_logging: {handlers: {x: {(): hostile_module.run}}}}"),
         ([], 'seed: !!python/object/apply:os.system ["touch marker"]'),
+        (["-m", "seed=0,1"], "hydra: {callbacks: {evil: {_target_: hostile_module.run}}}"),
     ],
 )
 def test_a_command_refuses_it_in_one_line(words: list[str], text: str, train: Command, tmp_path: Path) -> None:
@@ -228,6 +211,40 @@ def test_a_command_refuses_it_in_one_line(words: list[str], text: str, train: Co
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ")
     assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hydra: {callbacks: {evil: {_target_: hostile_module.run}}}",
+        "hydra: {job_logging: {handlers: {x: {(): hostile_module.run}}}}",
+        "hydra: {job: {env_set: {LD_PRELOAD: evil.so}}}",
+        "name: x\nhydra: {job_logging: {handlers: {x: {class: '${name}'}}}}",
+    ],
+)
+def test_an_option_of_a_sweep_cannot_change_what_hydra_does(text: str, train: Command, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "evil.yaml").write_text("# @package _global_\n" + text, encoding="utf-8")
+    (tmp_path / "experiment" / "good.yaml").write_text("# @package _global_\nseed: 1\n", encoding="utf-8")
+    done = train(tmp_path, "-m", "--config-dir", str(tmp_path), *SMALL, "experiment=good,evil")
+    assert done.returncode == 2, done.stderr
+    assert "experiment=evil: an option of a sweep cannot change Hydra itself" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--experimental-rerun", "old"], "--experimental-rerun: not supported"),
+        (["-m", "hydra.job.name=a,b"], "a sweep cannot vary Hydra itself"),
+        (["+hydra.callbacks.evil._target_=os.system", "-m"], "hydra.callbacks.evil._target_=os.system: refused"),
+        (["+hydra.callbacks.evil._target_=os.system"], "hydra.callbacks.evil._target_=os.system: refused"),
+    ],
+)
+def test_words_about_hydra_are_refused(words: list[str], message: str, train: Command, tmp_path: Path) -> None:
+    done = train(tmp_path, *words)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow(reason="what runs code must not do so in this process")
@@ -302,7 +319,7 @@ def listened(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
 def test_nothing_opens_a_socket(listened: dict[str, str], tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
-    words = (*SMALL, "trainer.max_epochs=1", "backbone.weights=none", "probes=false", "data.workers=1")
+    words = (*SMALL, "trainer.max_epochs=1", "backbone.weights=none", "baselines=false", "data.workers=1")
     done = starter("train", listened)(work, *words)
     assert done.returncode == 0, done.stderr
     (run,) = (work / "outputs" / "phantom").iterdir()

@@ -1,4 +1,4 @@
-"""A sweep's cells are processes: what ends one ends no other, and each failure is named."""
+"""Runs of a sweep are processes: the end of one does not affect the others, and each failure is named."""
 
 import json
 import os
@@ -16,14 +16,14 @@ import pytest
 import torch
 
 from covid_cls.errors import InputError
-from covid_cls.records import read_json
-from covid_cls.sweep import Sweep, gpu_slots, run_cell, visible_gpus
+from covid_cls.io import read_json
+from covid_cls.runtime.sweep import Sweep, gpu_slots, run_in_process, visible_gpus
 from tests.conftest import Command, start
-from tests.test_commands import SMALL, cells, record
+from tests.test_commands import SMALL, record, run_folders
 from tools.soak.sweep import sweep as soak_sweep
 
 # Stands for a command: a process that ends as its first word says.
-CELL = """
+SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
 word = sys.argv[1]
@@ -42,8 +42,8 @@ if word == "gpu":
 
 @pytest.fixture
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sweep]:
-    """A sweep on four slots of two GPUs, and the module `cell` for its cells to run."""
-    (tmp_path / "cell.py").write_text(CELL)
+    """A sweep on four slots of two GPUs, and the module `script` for its runs."""
+    (tmp_path / "script.py").write_text(SCRIPT)
     monkeypatch.chdir(tmp_path)
     sweep = Sweep(tmp_path / "sweep", ["a", "b", "a", "b"])
     yield sweep
@@ -65,12 +65,12 @@ def statuses(sweep: Sweep) -> list[str]:
         ("kill", "failed", -9, 1, "killed by SIGKILL, as the system does when memory runs out"),
     ],
 )
-def test_what_ends_a_cell_is_recorded_and_ends_nothing_else(
+def test_the_end_of_a_run_is_recorded_and_does_not_affect_the_others(
     sweep: Sweep, word: str, status: str, code: int, exit_code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_cell("cell", ["fine", "seed=1"], sweep.folder, 0)
-    found = run_cell("cell", [word, "seed=2"], sweep.folder, 1)
-    run_cell("cell", ["fine", "seed=3"], sweep.folder, 2)
+    run_in_process("script", ["fine", "seed=1"], sweep.folder, 0)
+    found = run_in_process("script", [word, "seed=2"], sweep.folder, 1)
+    run_in_process("script", ["fine", "seed=3"], sweep.folder, 2)
     assert (found["status"], found["code"]) == (status, code)
     assert statuses(sweep) == ["finished", status, "finished"]
     assert sweep.close() == exit_code
@@ -82,9 +82,9 @@ def test_what_ends_a_cell_is_recorded_and_ends_nothing_else(
     assert str(found["log"]) in printed.err or status == "finished"
 
 
-def test_no_gpu_is_shared_by_more_cells_than_it_has_slots(sweep: Sweep) -> None:
+def test_no_gpu_is_shared_by_more_runs_than_it_has_slots(sweep: Sweep) -> None:
     with ThreadPoolExecutor(6) as pool:
-        list(pool.map(lambda number: run_cell("cell", ["gpu"], sweep.folder, number), range(8)))
+        list(pool.map(lambda number: run_in_process("script", ["gpu"], sweep.folder, number), range(8)))
     assert statuses(sweep) == ["finished"] * 8
     held = {"a": 0, "b": 0}
     most = dict(held)
@@ -95,7 +95,9 @@ def test_no_gpu_is_shared_by_more_cells_than_it_has_slots(sweep: Sweep) -> None:
     assert most == {"a": 2, "b": 2}
 
 
-def test_a_signal_ends_the_running_cell_and_starts_no_more(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_ends_the_current_run_and_starts_no_further_one(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
     log = sweep.folder / "job-0.log"
 
     def kill() -> None:
@@ -104,28 +106,28 @@ def test_a_signal_ends_the_running_cell_and_starts_no_more(sweep: Sweep, capsys:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=kill, daemon=True).start()
-    assert run_cell("cell", ["wait"], sweep.folder, 0)["status"] == "stopped"
-    assert run_cell("cell", ["fine"], sweep.folder, 1)["status"] == "not started"
+    assert run_in_process("script", ["wait"], sweep.folder, 0)["status"] == "stopped"
+    assert run_in_process("script", ["fine"], sweep.folder, 1)["status"] == "not started"
     assert sweep.close() == 143
     assert "1 stopped, 1 not started" in capsys.readouterr().out
 
 
-def test_fail_fast_starts_no_cell_after_a_failure(sweep: Sweep) -> None:
+def test_fail_fast_starts_no_run_after_a_failure(sweep: Sweep) -> None:
     for number, word in enumerate(("fine", "raise", "fine")):
-        run_cell("cell", [word], sweep.folder, number, fail_fast=True)
+        run_in_process("script", [word], sweep.folder, number, fail_fast=True)
     assert statuses(sweep) == ["finished", "failed", "not started"]
     assert sweep.close() == 1
 
 
-def test_a_cell_whose_watcher_died_is_named(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
-    found = run_cell("cell", ["fine"], sweep.folder, 0)
+def test_a_run_whose_watching_process_died_is_named(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_in_process("script", ["fine"], sweep.folder, 0)
     lost = {key: value for key, value in found.items() if key != "code"} | {"status": "running"}
     (sweep.folder / "job-0.json").write_text(json.dumps(lost))
     assert sweep.close() == 1
-    assert "ended without a word" in capsys.readouterr().err
+    assert "exited without reporting a status" in capsys.readouterr().err
 
 
-def test_slots_are_the_gpus_that_cells_may_share() -> None:
+def test_slots_are_the_gpus_that_runs_may_share() -> None:
     assert gpu_slots({"accelerator": "cpu"}, 2) == []
     assert gpu_slots({"accelerator": "auto", "strategy": "ddp"}, 2) == []
     with pytest.raises(InputError, match=r"sweep\.jobs_per_gpu=0"):
@@ -139,7 +141,7 @@ def test_gpus_are_named_as_cuda_names_them() -> None:
 
 
 @pytest.mark.slow(reason="a sweep starts a process for each run")
-def test_a_sweep_runs_its_cells_and_goes_on_past_a_fault(train_process: Command, tmp_path: Path) -> None:
+def test_a_sweep_continues_after_a_refused_run(train_process: Command, tmp_path: Path) -> None:
     words = ("-m", *SMALL, "trainer.max_epochs=1", "loss=ce,focal", "preprocess.sd=0.2,0.0", "test=false", "name=sweep")
     done = train_process(tmp_path, *words)
     assert done.returncode == 2, done.stderr
@@ -147,30 +149,30 @@ def test_a_sweep_runs_its_cells_and_goes_on_past_a_fault(train_process: Command,
     assert said[0].startswith("failed: loss=ce preprocess.sd=0.0: exit code 2; ")
     assert said[1].startswith("    error: preprocess.sd=0.0: must be above 0")
     assert said[2].startswith("failed: loss=focal preprocess.sd=0.0: exit code 2; ")
-    assert said[3:] == ["    the same"]
+    assert said[3:] == ["    the same error as above"]
     assert "2 finished, 2 refused" in done.stdout
-    found = cells(tmp_path / "outputs" / "sweep")
+    found = run_folders(tmp_path / "outputs" / "sweep")
     assert len(found) == 2
-    assert {record(cell)["status"] for cell in found} == {"finished"}
+    assert {record(folder)["status"] for folder in found} == {"finished"}
     assert not list(found[0].glob("predictions-test.csv"))
-    before = [(cell / "run.json").stat().st_mtime_ns for cell in found]
+    before = [(folder / "run.json").stat().st_mtime_ns for folder in found]
     again = train_process(tmp_path, *words)
     assert again.returncode == 2
     assert again.stdout.count("finished before: outputs/sweep/binary-resnet18-") == 2
     assert again.stdout.count("] $ ") == 2  # processes for the two that failed alone
-    assert [(cell / "run.json").stat().st_mtime_ns for cell in found] == before
+    assert [(folder / "run.json").stat().st_mtime_ns for folder in found] == before
 
 
 @pytest.mark.slow(reason="a sweep starts a process for each run")
-def test_submitit_runs_cells_even_of_several_processes(train_process: Command, tmp_path: Path) -> None:
+def test_submitit_runs_even_of_several_processes(train_process: Command, tmp_path: Path) -> None:
     words = [word for word in SMALL if word != "trainer=cpu"]
     ddp = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_epochs=1")
     done = train_process(tmp_path, "-m", "hydra/launcher=submitit_local", *words, *ddp, "seed=4", "strategy=fc")
     assert done.returncode == 0, done.stderr
-    (cell,) = cells(tmp_path)
-    assert record(cell)["status"] == "finished"
+    (folder,) = run_folders(tmp_path)
+    assert record(folder)["status"] == "finished"
     (job,) = (tmp_path / "outputs" / "sweeps").glob("*/job-0.json")
-    assert Path(read_json(job)["cell"]) == cell.relative_to(tmp_path)
+    assert Path(read_json(job)["run"]) == folder.relative_to(tmp_path)
 
 
 @pytest.mark.slow(reason="a sweep starts a process for each run")
@@ -181,7 +183,7 @@ def test_a_sweep_names_what_failed_and_does_only_that_again(tmp_path: Path) -> N
 
 @pytest.mark.slow(reason="a sweep starts a process for each run")
 def test_a_preempted_job_is_started_again_and_goes_on(environment: dict[str, str], tmp_path: Path) -> None:
-    words = [*SMALL, "trainer.max_epochs=40", "callbacks=no_early_stopping", "probes=false", "logger=none", "seed=0"]
+    words = [*SMALL, "trainer.max_epochs=40", "callbacks=no_early_stopping", "baselines=false", "logger=none", "seed=0"]
     process = start("train", tmp_path, environment, "-m", "hydra/launcher=submitit_local", *words, "test=false")
     while "epoch 3/40" not in printed(tmp_path):
         assert process.poll() is None
@@ -193,17 +195,17 @@ def test_a_preempted_job_is_started_again_and_goes_on(environment: dict[str, str
     assert process.returncode == 0, errors
     assert "epoch 1/40" not in printed(tmp_path)  # of the job that was put back
     assert "epoch 40/40" in printed(tmp_path)
-    (cell,) = cells(tmp_path)
-    assert record(cell)["status"] == "finished"
+    (folder,) = run_folders(tmp_path)
+    assert record(folder)["status"] == "finished"
 
 
 def printed(folder: Path) -> str:
-    """What the last start of the sweep's first cell has printed."""
+    """Return what the last start of the first run has printed."""
     return "".join(path.read_text() for path in folder.glob("outputs/sweeps/*/job-0.log"))
 
 
 @pytest.mark.parametrize("word", ["sweep.jobs_per_gpu=0", "sweep.fail_first=true"])
-def test_a_wrong_setting_of_the_sweep_is_refused_before_any_cell(train: Command, tmp_path: Path, word: str) -> None:
+def test_a_wrong_setting_of_the_sweep_is_refused_before_any_run(train: Command, tmp_path: Path, word: str) -> None:
     done = train(tmp_path, "-m", *SMALL, word)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
@@ -213,9 +215,9 @@ def test_a_wrong_setting_of_the_sweep_is_refused_before_any_cell(train: Command,
 
 @pytest.fixture
 def two_at_once(environment: dict[str, str], tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
-    """A sweep of three cells, two at a time, both of which have finished an epoch; and its words."""
+    """A sweep of three runs, two at a time, after both have finished an epoch; and its words."""
     words = ["-m", *SMALL, "trainer.max_epochs=40", "callbacks=no_early_stopping", "seed=0,1,2", "strategy=fc"]
-    words += ["probes=false", "logger=none", "checkpoint_seconds=0", "hydra.launcher.n_jobs=2"]
+    words += ["baselines=false", "logger=none", "checkpoint_seconds=0", "hydra.launcher.n_jobs=2"]
     process = start("train", tmp_path, environment, *words)
     assert process.stdout is not None
     held: list[int] = []
@@ -247,12 +249,12 @@ def test_ctrl_c_stops_a_sweep_that_goes_on(
     assert process.returncode == 130, errors
     assert "2 stopped, 1 not started" in out
     assert "Traceback" not in out + errors
-    assert {record(cell)["status"] for cell in cells(tmp_path)} == {"interrupted"}
+    assert {record(folder)["status"] for folder in run_folders(tmp_path)} == {"interrupted"}
     again = train_process(tmp_path, *words)
     assert again.returncode == 0, again.stderr
     assert "epoch 1/40" not in "".join(line for line in again.stdout.splitlines() if line.startswith(("[0]", "[1]")))
-    assert {record(cell)["status"] for cell in cells(tmp_path)} == {"finished"}
-    assert len(cells(tmp_path)) == 3
+    assert {record(folder)["status"] for folder in run_folders(tmp_path)} == {"finished"}
+    assert len(run_folders(tmp_path)) == 3
 
 
 @pytest.mark.slow(reason="signals and kills end the processes of a sweep")
@@ -266,7 +268,7 @@ def test_a_killed_sweep_leaves_no_process_running(
     process.wait()
     while any(map(alive, [*running, -process.pid])):  # the runs and the launcher's processes end by themselves
         time.sleep(0.2)
-    assert {record(cell)["status"] for cell in cells(tmp_path)} == {"interrupted"}
+    assert {record(folder)["status"] for folder in run_folders(tmp_path)} == {"interrupted"}
 
 
 def alive(pid: int) -> bool:
