@@ -128,7 +128,9 @@ def test_metrics_of_an_image_do_not_depend_on_its_batch() -> None:
     canvases, randomised = bright_corner(3), [randomise(scorer, 0)]
     targets = torch.zeros(3, dtype=torch.int64)
     together = measure_maps(scorer, randomised, grad_cam, canvases, targets, [None] * 3, 4)[1]
-    alone = [measure_maps(scorer, randomised, grad_cam, canvases[k : k + 1], targets[:1], [None], 4)[1][0] for k in range(3)]
+    alone = [
+        measure_maps(scorer, randomised, grad_cam, canvases[k : k + 1], targets[:1], [None], 4)[1][0] for k in range(3)
+    ]
     # Rounding changes the order of nearly equal places.
     np.testing.assert_allclose(np.array(together), np.array(alone), atol=2e-3)
 
