@@ -24,7 +24,7 @@ class DataAudit:
 
     Attributes:
         folder: Where audit.html and audit.json are.
-        findings: The findings, most severe first; their `level` is fail, warn or ok.
+        findings: The findings, most severe first; their `level` is fail, warn or note.
     """
 
     folder: Path
