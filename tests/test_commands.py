@@ -169,7 +169,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_weights(
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130, errors
-    assert "goes on from the last finished epoch" in errors
+    assert "continues from the last finished epoch" in errors
     assert record(folder)["status"] == "interrupted"
 
     resumed = train_process(tmp_path, *words)

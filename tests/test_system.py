@@ -140,7 +140,7 @@ class Started:
 
 
 def said(number: signal.Signals) -> str:
-    return f"stopped by {number.name}: the same command goes on from the last finished epoch"
+    return f"stopped by {number.name}: the same command continues from the last finished epoch"
 
 
 @pytest.mark.slow(reason="a signal stops a process")
