@@ -172,7 +172,7 @@ def test_a_run_stopped_in_training_and_in_predicting_goes_on_to_the_same_weights
     assert record(folder)["reason"] == "SIGINT"
     assert not (folder / "metrics.json").exists()
     (note,) = [note for note in record(folder)["notes"] if last.name in note]
-    assert f"{previous.relative_to(tmp_path)}, epoch {before}: {last.relative_to(tmp_path)}: not a file" in note
+    assert f"{previous.relative_to(tmp_path)}, epoch {before}: {last.relative_to(tmp_path)}: damaged" in note
 
     done = train_process(tmp_path, *words)
     assert done.returncode == 0, done.stderr

@@ -71,8 +71,8 @@ class Augment(nn.Module):
 
         Everything outside a canvas is black. On a CPU the result is rounded to 256 grey levels.
         """
-        draws = torch.from_numpy(self._uniforms(seed, epoch, index)).float()
-        matrices = self._matrices(draws, crop, canvas.shape[-1])
+        numbers = torch.from_numpy(self._uniforms(seed, epoch, index)).float()
+        matrices = self._matrices(numbers, crop, canvas.shape[-1])
         # Image by image in OpenCV takes a fifth of the time of a batched grid_sample on a CPU.
         if canvas.device.type == "cpu":
             view = _warp_each(canvas, matrices, crop)
@@ -80,7 +80,7 @@ class Augment(nn.Module):
             grid = F.affine_grid(matrices.to(canvas.device), [len(canvas), 1, crop, crop], align_corners=False)
             view = F.grid_sample(canvas / 255, grid, padding_mode="zeros", align_corners=False)
         if self.contrast:
-            factor = 1 + self.contrast * (2 * draws[:, 5, None, None, None].to(canvas.device) - 1)
+            factor = 1 + self.contrast * (2 * numbers[:, 5, None, None, None].to(canvas.device) - 1)
             view = view.sub_(0.5).mul_(factor).add_(0.5).clamp_(0, 1)
         return view
 
@@ -93,11 +93,11 @@ class Augment(nn.Module):
             self._drawn = (seed, epoch, np.random.default_rng([seed, epoch]).random((2 * need, 6)))
         return np.asarray(self._drawn[2][rows])
 
-    def _matrices(self, draws: Tensor, crop: int, canvas: int) -> Tensor:
+    def _matrices(self, numbers: Tensor, crop: int, canvas: int) -> Tensor:
         """Return (N, 2, 3) matrices from coordinates of the view to those of the canvas, both in [-1, 1]."""
-        signed = 2 * draws - 1
+        signed = 2 * numbers - 1
         angle = signed[:, 0] * math.radians(self.rotation)
-        side = torch.where(draws[:, 4] < self.mirror, -1.0, 1.0)
+        side = torch.where(numbers[:, 4] < self.mirror, -1.0, 1.0)
         zoom = (crop / canvas) / (1 + self.scale * signed[:, 3])
         shift = 2 * self.shift * (crop / canvas) * signed[:, 1:3]
         cosine, sine = torch.cos(angle) * zoom, torch.sin(angle) * zoom

@@ -147,11 +147,11 @@ def test_randomised_networks_are_independent_copies() -> None:
     # 20 convolutions and the two layers of the head.
     assert len(weights) == 22
     for name in weights:
-        drawn = [network.state_dict()[name] for network in (first, again, other)]
-        assert torch.equal(drawn[0], drawn[1])
-        for two in ((drawn[0], drawn[2]), (drawn[0], before[name])):
+        copies = [network.state_dict()[name] for network in (first, again, other)]
+        assert torch.equal(copies[0], copies[1])
+        for two in ((copies[0], copies[2]), (copies[0], before[name])):
             likeness = torch.corrcoef(torch.stack([tensor.flatten() for tensor in two]))[0, 1]
-            assert abs(float(likeness)) < 4.5 / math.sqrt(drawn[0].numel())
+            assert abs(float(likeness)) < 4.5 / math.sqrt(copies[0].numel())
     assert not first.training
 
 

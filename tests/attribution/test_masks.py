@@ -48,15 +48,15 @@ def test_a_table_without_the_column_has_no_masks(manifest: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cell", "fault"),
+    ("mask", "fault"),
     [
         ("masks/none.png", "line 3: masks/none.png is missing"),
         ("../outside.png", "line 3: ../outside.png leaves the manifest's folder"),
         ("masks", "line 3: masks is not a regular file"),
     ],
 )
-def test_messages_name_the_line(manifest: Path, cell: str, fault: str) -> None:
-    manifest.write_text(f"path,label,mask\na.png,covid,masks/a.png\nb.png,normal,{cell}\n")
+def test_messages_name_the_line(manifest: Path, mask: str, fault: str) -> None:
+    manifest.write_text(f"path,label,mask\na.png,covid,masks/a.png\nb.png,normal,{mask}\n")
     with pytest.raises(InputError, match=fault):
         mask_files(read_manifest(manifest))
 

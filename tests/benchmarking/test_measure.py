@@ -121,6 +121,7 @@ def test_growth_beyond_the_disk_is_refused_before_anything_is_written(cache: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
 @pytest.mark.parametrize(
     ("backbone", "strategy", "gflop"),
     [  # 224 x 224, three channels
