@@ -27,11 +27,15 @@ from covid_cls.data.manifest import read_folder
 from covid_cls.errors import InputError
 from tests.conftest import SMALL
 
+STARTS_PROCESS = pytest.mark.slow(reason="a process is started that imports torch")
 
+
+@STARTS_PROCESS
 def test_a_separate_process_returns_the_result() -> None:
     assert run_separately(math.sqrt, 16.0) == 4.0
 
 
+@STARTS_PROCESS
 @pytest.mark.parametrize(
     ("function", "argument", "kind", "message"),
     [
@@ -47,6 +51,7 @@ def test_an_error_in_a_separate_process_is_raised_again(
         run_separately(function, argument)
 
 
+@STARTS_PROCESS
 def test_an_error_before_the_first_request_is_raised_again() -> None:
     with pytest.raises(RuntimeError, match="TypeError"), timing.separate_process(math.sqrt) as ask:
         ask("about")
@@ -62,6 +67,7 @@ def test_parts_of_an_epoch_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watch.stop() == {"seconds": 5.0, "data": 2.0, "forward": 1.0, "backward": 1.0}
 
 
+@STARTS_PROCESS
 def test_a_training_is_ended_after_its_first_step(tmp_path: Path) -> None:
     # A stand-in for `train`, which would have to import Lightning.
     package = tmp_path / "covid_cls"
@@ -80,7 +86,7 @@ def test_a_training_is_ended_after_its_first_step(tmp_path: Path) -> None:
     assert not (tmp_path / "continued").exists()
 
 
-@pytest.mark.slow(reason="`train` is started as a process")
+@STARTS_PROCESS
 def test_the_first_step_of_train_is_found(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -88,6 +94,7 @@ def test_the_first_step_of_train_is_found(environment: dict[str, str], monkeypat
     assert all(found["medians"][name] > 0 for name in ("first_step", "imports"))
 
 
+@STARTS_PROCESS
 def test_a_training_without_a_first_step_is_reported() -> None:
     with pytest.raises(InputError, match=r"exit code 2 before its first step: error: .*no_such_setting"):
         seconds_to_first_step(["no_such_setting=1"])
